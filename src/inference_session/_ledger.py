@@ -1,0 +1,180 @@
+"""What a session holds between steps: its tokens, the KV cache that covers some of them, and a savepoint.
+
+Nothing here is guarded: whoever calls must have the session for itself. But an exception can strike at any instant,
+and must leave nothing torn. CPython raises what signals cause on entering a Python function, after a call and when
+jumping back, nowhere else. So assignments that belong together stand in one statement; a cache is released by the call
+that follows on its removal; and what `create` and `truncate` return is stored by unpacking a `map`, which leaves no
+instant between return and assignment.
+"""
+
+from array import array
+from collections.abc import Callable
+from itertools import starmap
+from operator import index
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from uuid import UUID
+
+from attrs import define, field
+
+from inference_session.exceptions import StateMismatchError
+
+
+if TYPE_CHECKING:
+    from inference_session._slots import StateSlots
+
+KV = TypeVar("KV")
+
+NO_CACHE: Final[Any] = object()
+NO_TOKENS: Final["array[int]"] = array("i")  # shared, so never written to
+_NOT_KEPT: Final = -1
+
+
+@define(eq=False, repr=False)
+class Ledger(Generic[KV]):
+    """The tokens and the KV cache of one session, and the way back to the savepoint."""
+
+    session_id: UUID
+    slots: "StateSlots[KV]"
+
+    history: "array[int]" = field(init=False, factory=lambda: array("i"))
+    kv_cache: KV = field(init=False, default=NO_CACHE)
+    kv_length: int = field(init=False, default=0)
+
+    # The savepoint. Its tokens: `token_count` in all, of which the last ones may have been cut off the history. Its KV
+    # cache: covers `kv_kept` of them. It is `spare` if the engine has put another in its place, else `kv_cache`.
+    token_count: int = field(init=False, default=0)
+    cut_off: "array[int]" = field(init=False, default=NO_TOKENS)
+    kv_kept: int = field(init=False, default=_NOT_KEPT)
+    spare: KV = field(init=False, default=NO_CACHE)
+
+    def open_cache(self) -> KV:
+        """Return the KV cache, a new one if there is none."""
+        if self.kv_cache is NO_CACHE:
+            (self.kv_cache,) = starmap(self.slots.create, ((),))
+            try:
+                self.check_cache(0)
+            except BaseException:
+                self.discard_cache()
+                raise
+        return self.kv_cache
+
+    def replace_cache(self, cache: KV) -> None:
+        """Put another KV cache in the place of the present one, which is kept if it is the savepoint's."""
+        if cache is self.kv_cache:
+            return
+        if self.spare is NO_CACHE and self.kv_kept != _NOT_KEPT:
+            self.spare, self.kv_cache = self.kv_cache, cache
+            return
+        length = self.kv_length
+        self.discard_cache()
+        spare = NO_CACHE if cache is self.spare else self.spare
+        self.kv_cache, self.kv_length, self.spare = cache, length, spare
+
+    def cut_cache(self, length: int) -> None:
+        """Have the KV cache cover `length` tokens at most: none, where it can't be truncated."""
+        if self.kv_length <= length:
+            return
+        if self.slots.truncate is None:
+            self.discard_cache()
+            return
+        try:
+            self._truncate_cache(self.slots.truncate, length)
+        except BaseException:
+            self.discard_cache()
+            raise
+
+    def check_cache(self, expected: int) -> None:
+        """Raise StateMismatchError if the KV cache does not cover as many tokens as it should."""
+        cache = self.kv_cache
+        length = 0 if cache is NO_CACHE else self.slots.length(cache)
+        if length != expected:
+            raise StateMismatchError(self.session_id, expected, index(length))
+
+    def discard_cache(self, failure: BaseException | None = None) -> None:
+        """Let go of the KV cache, so that all tokens become pending.
+
+        An exception from `release` becomes a note on the failure that led here, if one did.
+        """
+        release = self.slots.release
+        kept = _NOT_KEPT if self.spare is NO_CACHE else self.kv_kept
+        cache, self.kv_cache, self.kv_length, self.kv_kept = self.kv_cache, NO_CACHE, 0, kept
+        if release is None or cache is NO_CACHE:
+            return
+        try:
+            release(cache)
+        except Exception as error:
+            if failure is None:
+                raise
+            failure.add_note(
+                f"Then release(kv_cache) of session {self.session_id} raised {type(error).__name__}."
+            )
+
+    def rewrite(self, length: int, tokens: "array[int]") -> None:
+        """Put `tokens` in the place of all that comes after the first `length` tokens of the history."""
+        untouched = self.token_count - len(self.cut_off)
+        cut_off = self.history[length:untouched] + self.cut_off
+        self.cut_off, self.history[length:] = cut_off, tokens
+
+    def commit(self) -> None:
+        """Make the present state, which must have been checked, the savepoint."""
+        if self.spare is not NO_CACHE:
+            self._discard_spare()
+        count = len(self.history)
+        kept = _NOT_KEPT if self.kv_cache is NO_CACHE else self.kv_length
+        self.token_count, self.cut_off, self.kv_kept = count, NO_TOKENS, kept
+
+    def roll_back(self, failure: BaseException | None = None) -> None:
+        """Go back to the savepoint. If this is interrupted, it can be begun again."""
+        self.history[self.token_count - len(self.cut_off) :] = self.cut_off
+        self.cut_off = NO_TOKENS
+        if self.spare is not NO_CACHE:
+            self.discard_cache(failure)
+            self.kv_cache, self.spare = self.spare, NO_CACHE
+        if not self._cache_restored():
+            self.discard_cache(failure)
+
+    def holds_nothing(self) -> bool:
+        """Whether it's as good as new, so that any engine may begin."""
+        return self.token_count == 0 and self.kv_cache is NO_CACHE
+
+    def owes_release(self) -> bool:
+        """Whether a KV cache must still be given back."""
+        return self.slots.release is not None and self.kv_cache is not NO_CACHE
+
+    def close(self, failure: BaseException | None = None) -> None:
+        """Let go of all KV caches."""
+        try:
+            self.discard_cache(failure)
+        finally:
+            self.kv_cache, self.spare = self.spare, NO_CACHE
+            self.discard_cache(failure)
+
+    def _truncate_cache(self, truncate: Callable[[KV, int], KV], length: int) -> None:
+        kept = self.kv_kept
+        if self.spare is NO_CACHE:
+            kept = min(kept, length)
+            self.kv_kept = _NOT_KEPT  # a cache that is being truncated can't be relied upon
+        (self.kv_cache,) = map(truncate, (self.kv_cache,), (length,))
+        self.check_cache(length)
+        self.kv_length, self.kv_kept = length, kept
+
+    def _cache_restored(self) -> bool:
+        """Bring the KV cache back to what it covered at the savepoint, if that can be had."""
+        kept, truncate = self.kv_kept, self.slots.truncate
+        if kept == _NOT_KEPT:
+            return False
+        try:
+            if truncate is None or self.slots.length(self.kv_cache) <= kept:
+                self.check_cache(kept)
+            else:
+                self._truncate_cache(truncate, kept)
+        except Exception:  # noqa: BLE001 the tokens are safe; it's computed anew
+            return False
+        self.kv_length = kept
+        return True
+
+    def _discard_spare(self) -> None:
+        release = self.slots.release
+        spare, self.spare, self.kv_kept = self.spare, NO_CACHE, _NOT_KEPT
+        if release is not None:
+            release(spare)

@@ -1,0 +1,217 @@
+"""The session: who it is, who has it now, and how it ends."""
+
+import warnings
+from collections.abc import Callable
+from threading import Lock
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Never, NoReturn, SupportsIndex, TypeAlias, final
+from uuid import UUID, uuid4
+from weakref import ref
+
+from attrs import define
+
+from inference_session import _fork
+from inference_session.exceptions import SessionBusyError
+
+
+if TYPE_CHECKING:
+    from inference_session._ledger import Ledger
+
+_NEVER_A_COPY: Final = (
+    "'Session' can't be copied or pickled, as two owners of one KV cache would corrupt it: "
+    "send session.id instead, or feed the same tokens to a new session"
+)
+
+Lease: TypeAlias = Callable[[], object]
+"""A weak reference to something that lives as long as a borrow; then it returns None."""
+
+# Who has which session now, by the session's id(). A session that has an entry is taken while that lease lives. Whoever
+# took it removes the entry when the work is done; one whose lease is dead has left work to undo. `setdefault` and
+# `pop` are atomic, with and without the GIL; only to replace a dead lease needs a lock.
+leases: Final[dict[int, Lease]] = {}
+_replacing = Lock()
+
+
+@_fork.in_child
+def _forget_leases() -> None:
+    global _replacing  # noqa: PLW0603 a lock can't be made new in place
+    leases.clear()
+    _replacing = Lock()  # another thread may have held it
+
+
+class Keeper:
+    """Something that a lease can refer to."""
+
+
+@final
+@define(eq=False, repr=False, init=False, getstate_setstate=False)
+class Session:
+    """One conversation's state in an inference engine: an identity, and private slots for the engine.
+
+    The slots hold the KV cache and the token history across prefill and decode. An engine reaches them through
+    `inference_session.engine.StateSlots`, one borrow at a time. A session may be handed between threads and tasks; it
+    equals itself only, and is never a copy.
+
+    `Session()` has a random id. As a context manager, a session closes itself at the end of the block.
+    """
+
+    _id: UUID
+    _generation: int
+    _closed: bool
+    _ledger: "Ledger[Any] | None"
+
+    def __init__(self, *args: Never, **kwargs: Never) -> None:
+        if args or kwargs:  # attrs.evolve comes here, too
+            raise TypeError(
+                f"Session() takes no arguments; for an id, use Session.with_id. {_NEVER_A_COPY}"
+            )
+        self._begin(uuid4())
+
+    @classmethod
+    def new(cls) -> "Session":
+        """Return a new session with a random id (UUID version 4), as `Session()` does."""
+        return cls()
+
+    @classmethod
+    def with_id(cls, id: UUID) -> "Session":  # noqa: A002 it's what it is
+        """Return a new session with exactly this id, for tests and replay.
+
+        Raises:
+            TypeError: if `id` isn't a `uuid.UUID`.
+        """
+        if not isinstance(id, UUID):
+            raise TypeError(
+                f"id must be a uuid.UUID, got {type(id).__name__!r}; UUID(text) makes one from a string"
+            )
+        session = cls.__new__(cls)
+        session._begin(id)
+        return session
+
+    def _begin(self, id: UUID) -> None:  # noqa: A002
+        if hasattr(self, "_id"):
+            raise TypeError("a 'Session' is initialised only once; make a new one with Session()")
+        self._generation = _fork.generation
+        self._closed = False
+        self._ledger = None
+        self._id = id
+
+    @property
+    def id(self) -> UUID:
+        """The session's identity. It never changes."""
+        return self._id
+
+    @property
+    def token_count(self) -> int:
+        """How many tokens the history holds, committed ones only; 0 once the state is freed. Never blocks."""
+        ledger = self._ledger
+        return 0 if ledger is None else ledger.token_count
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session was closed. An engine can ask in mid-step, to learn that it was cancelled."""
+        return self._closed
+
+    def close(self) -> None:
+        """Free the state through the engine's `release`, and refuse to be borrowed from now on.
+
+        Any thread may call it, any number of times; it never blocks. If a borrow is under way, the state is freed when
+        that ends: closing is how a server cancels. In a forked child nothing is freed, as the state is the parent's.
+
+        Raises:
+            Exception: what `release` raised. The session is closed all the same, and `release` isn't called again.
+        """
+        self._closed = True
+        self._free()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        lease = leases.get(id(self))
+        if self._closed:
+            state = "closed"
+        elif lease is not None and lease() is not None:
+            state = "borrowed"
+        else:
+            state = "idle"
+        return f"<Session {self._id} {state}, {self.token_count} tokens>"
+
+    def __del__(self) -> None:
+        if not hasattr(self, "_id"):  # not begun
+            return
+        leases.pop(id(self), None)
+        ledger = self._ledger
+        if ledger is None or self._is_forked():
+            return
+        try:
+            if ledger.owes_release() and not self._closed:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+        finally:
+            ledger.close()
+
+    def _is_forked(self) -> bool:
+        return self._generation != _fork.generation
+
+    def _take(self, lease: Lease) -> bool:
+        """Take the session, at once or not at all, and return whether there is work to undo.
+
+        Raises:
+            SessionBusyError: if somebody else has it.
+        """
+        last = leases.setdefault(id(self), lease)
+        if last is lease:
+            return False
+        if last() is not None or not _replace(id(self), last, lease):
+            raise SessionBusyError(self._id)
+        return True
+
+    def _give_back(self, failure: BaseException | None = None) -> None:
+        """End what `_take` began; if the session was closed meanwhile, free its state."""
+        leases.pop(id(self), None)
+        if self._closed:
+            self._free(failure)
+
+    def _free(self, failure: BaseException | None = None) -> None:
+        """Let go of the state, unless a borrow is under way: that one comes here when it ends."""
+        if self._is_forked():
+            return
+        keeper = Keeper()
+        try:
+            self._take(ref(keeper))
+        except SessionBusyError:
+            return
+        if self._ledger is not None:
+            self._ledger.close(failure)
+            self._ledger = None
+        leases.pop(id(self), None)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(_NEVER_A_COPY)
+
+    def __replace__(self, **changes: Never) -> NoReturn:
+        raise TypeError(_NEVER_A_COPY)
+
+    def __init_subclass__(cls, **kwargs: object) -> NoReturn:
+        raise TypeError(
+            "'Session' can't be subclassed, as engines rely on what it is; "
+            "let your class have a session instead of being one"
+        )
+
+
+def _replace(key: int, dead: Lease, lease: Lease) -> bool:
+    with _replacing:  # no call in here: a signal handler or a finalizer may come to this lock, too
+        try:
+            if leases[key] is dead:
+                leases[key] = lease
+                return True
+        except KeyError:
+            pass
+        return False

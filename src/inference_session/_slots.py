@@ -1,0 +1,80 @@
+"""How an engine describes its KV cache, and reaches the state of a session."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Generic, TypeVar, final
+
+from attrs import field, frozen
+from attrs.validators import is_callable, optional
+
+from inference_session._borrow import BorrowedBatch, BorrowedState
+from inference_session._session import Session
+
+
+KV = TypeVar("KV")
+
+
+@final
+@frozen(eq=False, kw_only=True)
+class StateSlots(Generic[KV]):
+    """An engine's access to the state of its sessions: typed, exclusive and atomic.
+
+    An engine makes one, once, of plain functions that tell how its KV cache works. The type of the KV cache is that
+    which `create` returns.
+
+    Args:
+        create: returns a new KV cache that covers no tokens.
+        length: returns how many tokens a KV cache covers; in all its layers, or the check is worth little.
+        truncate: makes a KV cache cover its first n tokens only, and returns it, or another that takes its place. It
+            owns what it's given: if it returns another, freeing the old one is its business; if it raises, the library
+            releases the old one. Without `truncate`, a KV cache that covers too much is released and computed anew.
+        release: gives back the memory or the handle that a KV cache holds. It's called once for each cache that the
+            library owns when the session lets go of it, also if it raises.
+        nbytes: returns how many bytes a KV cache holds, for memory budgets.
+    """
+
+    create: Callable[[], KV] = field(validator=is_callable())
+    length: Callable[[KV], int] = field(validator=is_callable())
+    truncate: Callable[[KV, int], KV] | None = field(
+        default=None, validator=optional(is_callable())
+    )
+    release: Callable[[KV], object] | None = field(default=None, validator=optional(is_callable()))
+    nbytes: Callable[[KV], int] | None = field(default=None, validator=optional(is_callable()))
+
+    def borrow(self, session: Session) -> AbstractContextManager[BorrowedState[KV], None]:
+        """Borrow a session for a `with` block, which gets its `BorrowedState`.
+
+        The session is taken at once or not at all; there's no waiting. A block that ends well commits what it did; an
+        exception of whatever kind takes the session back to its last commit, and goes on to the caller.
+
+        Raises:
+            SessionBusyError: if it is borrowed already.
+            SessionClosedError: if it was closed.
+            SessionOwnerError: if another `StateSlots` began it.
+            SessionForkedError: if it was inherited over `os.fork`.
+            StateMismatchError: at the end of the block, if the KV cache doesn't cover `kv_length` tokens; the block is
+                rolled back then.
+        """
+        return BorrowedState(session, self)
+
+    def borrow_all(
+        self, sessions: Iterable[Session]
+    ) -> AbstractContextManager[list[BorrowedState[KV]], None]:
+        """Borrow a whole batch of sessions, or none of it, for a `with` block, which gets their states in order.
+
+        What happens to one happens to all: an exception takes every session of the batch back to its last commit.
+
+        Raises:
+            SessionBusyError: as `borrow`, and if a session is twice in the batch.
+            SessionClosedError, SessionOwnerError, SessionForkedError, StateMismatchError: as `borrow`.
+        """
+        return BorrowedBatch([BorrowedState(session, self) for session in sessions])
+
+    def evict(self, session: Session) -> None:
+        """Free a session's KV cache. Nothing is lost: its tokens become pending, and the next step computes it anew.
+
+        Raises:
+            SessionBusyError, SessionClosedError, SessionOwnerError, SessionForkedError: as `borrow`.
+        """
+        with self.borrow(session) as state:
+            state._ledger.discard_cache()
