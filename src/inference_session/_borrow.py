@@ -1,11 +1,6 @@
 """The borrow: one session's state for one `with` block, exclusive and atomic."""
 
-# The engine's side of a session's private fields.
-# pyright: reportPrivateUsage=false
-
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar, final
@@ -15,9 +10,15 @@ from attrs import define, field
 
 from inference_session import _fork
 from inference_session._history import TokenHistory
+from inference_session._lease import Keeper, Lease, LeasedBlock, expired, leases
 from inference_session._ledger import NO_CACHE, NO_TOKENS, Ledger
-from inference_session._session import Keeper, Lease, Session, leases
-from inference_session._tokens import as_token_array, common_prefix_length, extend, refuse_negative
+from inference_session._session import Session
+from inference_session._tokens import (
+    as_token_array,
+    bad_token,
+    common_prefix_length,
+    refuse_negative,
+)
 from inference_session.exceptions import (
     BorrowExpiredError,
     SessionClosedError,
@@ -33,69 +34,9 @@ if TYPE_CHECKING:
 KV = TypeVar("KV")
 
 
-def expired() -> None:
-    """Be the lease of a borrow that isn't under way."""
-
-
-class _Exit:
-    """`__exit__` of a borrow, as something that the `with` statement has and nothing else does.
-
-    A signal can strike on the entry of `__exit__`, before anything is done. The traceback then keeps the arguments of
-    that call, in a notebook for good, and so the borrow. Therefore the lease isn't on the borrow, but on the callable
-    that the `with` statement keeps for its end: whatever happens, that dies with the statement.
-    """
-
-    def __get__(self, borrow: "Borrow | None", owner: "type[Borrow]") -> Callable[..., None]:
-        if borrow is None:  # contextlib.ExitStack asks the class
-            return owner._end
-        end = partial(owner._end, borrow)
-        borrow._offer = ref(end)
-        return end
-
-
-@define(eq=False, repr=False)
-class Borrow(ABC):
-    """A context manager whose lease dies with its `with` statement."""
-
-    _offer: Lease = field(init=False, default=expired)
-    _keeper: Keeper | None = field(init=False, default=None)
-
-    if TYPE_CHECKING:
-
-        def __exit__(
-            self,
-            exc_type: type[BaseException] | None,
-            exc: BaseException | None,
-            traceback: TracebackType | None,
-            /,
-        ) -> None: ...
-
-    else:
-        __exit__ = _Exit()
-
-    def _keep(self) -> Lease:
-        """Return a lease that lives as long as this object, for want of a `with` statement (in an ExitStack)."""
-        self._keeper = Keeper()
-        return ref(self._keeper)
-
-    @abstractmethod
-    def _end(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None:
-        """Commit or roll back, and give back what was taken.
-
-        Where this is interrupted nothing is given back, but the lease dies, and the next to take the session rolls it
-        back first.
-        """
-
-
 @final
 @define(eq=False, repr=False)
-class BorrowedState(Borrow, Generic[KV]):
+class BorrowedState(LeasedBlock, Generic[KV]):
     """The tokens and the KV cache of one session, for the length of one `with` block.
 
     It comes from `StateSlots.borrow` and `StateSlots.borrow_all`. The token history is the truth; the KV cache covers
@@ -159,7 +100,20 @@ class BorrowedState(Borrow, Generic[KV]):
         """
         if self._lease() is None:
             raise BorrowExpiredError(self._session.id)
-        extend(self._ledger.history, tokens)
+        history = self._ledger.history
+        if not isinstance(tokens, list):
+            tokens = as_token_array(tokens)
+            refuse_negative(tokens)
+            history.extend(tokens)
+            return
+        try:
+            good = (tokens[0] if len(tokens) == 1 else min(tokens, default=0)) >= 0
+            if good:
+                history.fromlist(tokens)
+        except (TypeError, OverflowError):
+            good = False
+        if not good:
+            raise bad_token(tokens)
 
     def advance(self, count: int) -> None:
         """Say that the model was fed the next `count` pending tokens, so that the KV cache covers them now.
@@ -184,9 +138,7 @@ class BorrowedState(Borrow, Generic[KV]):
         Raises:
             StateMismatchError: if the KV cache doesn't cover `kv_length` tokens; nothing is committed then.
         """
-        ledger = self._current()
-        ledger.check_cache(ledger.kv_length)
-        ledger.commit()
+        self._current().commit()
 
     def rewind(self, length: int, *, pending: int = 1) -> None:
         """Forget all but the first `length` tokens of the history.
@@ -247,10 +199,21 @@ class BorrowedState(Borrow, Generic[KV]):
         return self._ledger
 
     def __enter__(self) -> "BorrowedState[KV]":
-        session, lease = self._session, self._offer
-        if lease() is None:
-            lease = self._keep()
-        ledger = session._ledger
+        session, lease = self._session, ref(self._exit)
+        self._exit = None
+        if (
+            lease() is None
+        ):  # no `with` statement took it, so the lease lives as long as this object
+            self._exit = Keeper()
+            lease = ref(self._exit)
+        try:
+            ledger = session._ledger
+        except AttributeError:
+            if isinstance(session, Session):
+                raise  # not initialised
+            raise TypeError(
+                f"only a Session can be borrowed, got {type(session).__name__!r}"
+            ) from None
         if (
             ledger is None
             or ledger.slots is not self._slots
@@ -272,21 +235,22 @@ class BorrowedState(Borrow, Generic[KV]):
         /,
     ) -> None:
         try:
-            ledger = self._current()
+            if self._lease is expired:
+                raise BorrowExpiredError(self._session.id)
             if self._session._generation != _fork.generation:
                 self._leave(exc_type)
             elif exc_type is not None:
                 self._undo(exc)
             else:
                 try:
-                    ledger.check_cache(ledger.kv_length)
-                    ledger.commit()
+                    self._ledger.commit()
                 except BaseException as failure:
                     self._undo(failure)
                     raise
-                self._give_back()
+                self._lease = expired
+                self._session._give_back()
         finally:
-            self._keeper = None
+            self._exit = None
 
     def _check_free(self) -> None:
         session = self._session
@@ -317,8 +281,6 @@ class BorrowedState(Borrow, Generic[KV]):
 
     def _give_back(self, failure: BaseException | None = None) -> None:
         self._lease = expired
-        if self._ledger.token_count == 0 and self._ledger.kv_cache is NO_CACHE:
-            self._session._ledger = None  # nothing is begun: any engine may have it
         self._session._give_back(failure)
 
     def _leave(self, exc_type: type[BaseException] | None) -> None:
@@ -326,63 +288,3 @@ class BorrowedState(Borrow, Generic[KV]):
         self._lease = expired
         if exc_type is None:
             raise SessionForkedError(self._session.id)
-
-
-@final
-@define(eq=False, repr=False)
-class BorrowedBatch(Borrow, Generic[KV]):
-    """Several borrows that begin and end together."""
-
-    _states: "list[BorrowedState[KV]]"
-
-    def __enter__(self) -> list[BorrowedState[KV]]:
-        lease = self._offer
-        if lease() is None:
-            lease = self._keep()
-        taken: list[BorrowedState[KV]] = []
-        try:
-            for state in self._states:
-                state._offer = lease
-                taken.append(state.__enter__())
-        except BaseException:
-            for state in taken:
-                state._give_back()
-            raise
-        return taken
-
-    def _end(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None:
-        try:
-            for state in self._states:
-                state._current()
-            if any(state._session._is_forked() for state in self._states):
-                for state in self._states:
-                    state._leave(exc_type)
-            elif exc_type is not None:
-                self._undo(exc)
-            else:
-                self._commit()
-        finally:
-            self._keeper = None
-
-    def _commit(self) -> None:
-        ledgers = [state._ledger for state in self._states]
-        try:
-            for ledger in ledgers:
-                ledger.check_cache(ledger.kv_length)
-            for ledger in ledgers:
-                ledger.commit()
-        except BaseException as failure:
-            self._undo(failure)
-            raise
-        for state in self._states:
-            state._give_back()
-
-    def _undo(self, failure: BaseException | None) -> None:
-        for state in self._states:
-            state._undo(failure)

@@ -116,11 +116,17 @@ class Ledger(Generic[KV]):
         self.cut_off, self.history[length:] = cut_off, tokens
 
     def commit(self) -> None:
-        """Make the present state, which must have been checked, the savepoint."""
+        """Make the present state the savepoint, if the KV cache covers what it should."""
+        cache = self.kv_cache
+        length = 0 if cache is NO_CACHE else self.slots.length(cache)
+        if (
+            length != self.kv_length
+        ):  # what check_cache does, without a call, as every step comes here
+            raise StateMismatchError(self.session_id, self.kv_length, index(length))
         if self.spare is not NO_CACHE:
             self._discard_spare()
         count = len(self.history)
-        kept = _NOT_KEPT if self.kv_cache is NO_CACHE else self.kv_length
+        kept = _NOT_KEPT if cache is NO_CACHE else self.kv_length
         self.token_count, self.cut_off, self.kv_kept = count, NO_TOKENS, kept
 
     def roll_back(self, failure: BaseException | None = None) -> None:
@@ -132,10 +138,6 @@ class Ledger(Generic[KV]):
             self.kv_cache, self.spare = self.spare, NO_CACHE
         if not self._cache_restored():
             self.discard_cache(failure)
-
-    def holds_nothing(self) -> bool:
-        """Whether it's as good as new, so that any engine may begin."""
-        return self.token_count == 0 and self.kv_cache is NO_CACHE
 
     def owes_release(self) -> bool:
         """Whether a KV cache must still be given back."""

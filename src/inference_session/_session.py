@@ -1,46 +1,23 @@
 """The session: who it is, who has it now, and how it ends."""
 
 import warnings
-from collections.abc import Callable
-from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Never, NoReturn, SupportsIndex, TypeAlias, final
+from typing import Any, Final, Never, NoReturn, SupportsIndex, final
 from uuid import UUID, uuid4
 from weakref import ref
 
 from attrs import define
 
 from inference_session import _fork
+from inference_session._lease import Keeper, Lease, leases, replace_dead
+from inference_session._ledger import NO_CACHE, Ledger
 from inference_session.exceptions import SessionBusyError
 
-
-if TYPE_CHECKING:
-    from inference_session._ledger import Ledger
 
 _NEVER_A_COPY: Final = (
     "'Session' can't be copied or pickled, as two owners of one KV cache would corrupt it: "
     "send session.id instead, or feed the same tokens to a new session"
 )
-
-Lease: TypeAlias = Callable[[], object]
-"""A weak reference to something that lives as long as a borrow; then it returns None."""
-
-# Who has which session now, by the session's id(). A session that has an entry is taken while that lease lives. Whoever
-# took it removes the entry when the work is done; one whose lease is dead has left work to undo. `setdefault` and
-# `pop` are atomic, with and without the GIL; only to replace a dead lease needs a lock.
-leases: Final[dict[int, Lease]] = {}
-_replacing = Lock()
-
-
-@_fork.in_child
-def _forget_leases() -> None:
-    global _replacing  # noqa: PLW0603 a lock can't be made new in place
-    leases.clear()
-    _replacing = Lock()  # another thread may have held it
-
-
-class Keeper:
-    """Something that a lease can refer to."""
 
 
 @final
@@ -58,7 +35,7 @@ class Session:
     _id: UUID
     _generation: int
     _closed: bool
-    _ledger: "Ledger[Any] | None"
+    _ledger: Ledger[Any] | None
 
     def __init__(self, *args: Never, **kwargs: Never) -> None:
         if args or kwargs:  # attrs.evolve comes here, too
@@ -169,12 +146,15 @@ class Session:
         last = leases.setdefault(id(self), lease)
         if last is lease:
             return False
-        if last() is not None or not _replace(id(self), last, lease):
+        if last() is not None or not replace_dead(id(self), last, lease):
             raise SessionBusyError(self._id)
         return True
 
     def _give_back(self, failure: BaseException | None = None) -> None:
         """End what `_take` began; if the session was closed meanwhile, free its state."""
+        ledger = self._ledger
+        if ledger is not None and ledger.token_count == 0 and ledger.kv_cache is NO_CACHE:
+            self._ledger = None  # as good as new: any engine may begin it
         leases.pop(id(self), None)
         if self._closed:
             self._free(failure)
@@ -204,14 +184,3 @@ class Session:
             "'Session' can't be subclassed, as engines rely on what it is; "
             "let your class have a session instead of being one"
         )
-
-
-def _replace(key: int, dead: Lease, lease: Lease) -> bool:
-    with _replacing:  # no call in here: a signal handler or a finalizer may come to this lock, too
-        try:
-            if leases[key] is dead:
-                leases[key] = lease
-                return True
-        except KeyError:
-            pass
-        return False

@@ -1,14 +1,18 @@
 """How an engine describes its KV cache, and reaches the state of a session."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Generic, TypeVar, final
 
 from attrs import field, frozen
 from attrs.validators import is_callable, optional
 
-from inference_session._borrow import BorrowedBatch, BorrowedState
+from inference_session._batch import BorrowedBatch
+from inference_session._borrow import BorrowedState
 from inference_session._session import Session
+from inference_session.exceptions import SessionBusyError
 
 
 KV = TypeVar("KV")
@@ -55,7 +59,9 @@ class StateSlots(Generic[KV]):
             StateMismatchError: at the end of the block, if the KV cache doesn't cover `kv_length` tokens; the block is
                 rolled back then.
         """
-        return BorrowedState(session, self)
+        state = BorrowedState(session, self)
+        state._exit = partial(BorrowedState._end, state)  # pyright: ignore[reportUnknownMemberType]
+        return state
 
     def borrow_all(
         self, sessions: Iterable[Session]
@@ -68,7 +74,13 @@ class StateSlots(Generic[KV]):
             SessionBusyError: as `borrow`, and if a session is twice in the batch.
             SessionClosedError, SessionOwnerError, SessionForkedError, StateMismatchError: as `borrow`.
         """
-        return BorrowedBatch([BorrowedState(session, self) for session in sessions])
+        batch = list(sessions)
+        for session, count in Counter(batch).items():
+            if count > 1:
+                raise SessionBusyError(session.id)
+        block = BorrowedBatch([BorrowedState(session, self) for session in batch])
+        block._exit = partial(block._end)
+        return block
 
     def evict(self, session: Session) -> None:
         """Free a session's KV cache. Nothing is lost: its tokens become pending, and the next step computes it anew.

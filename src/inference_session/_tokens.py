@@ -32,30 +32,21 @@ def as_token_array(tokens: Iterable[int]) -> "array[int]":
     try:
         return array("i", ids)
     except (TypeError, OverflowError):
-        raise _bad_token(ids) from None
+        raise bad_token(ids) from None
 
 
 def refuse_negative(tokens: Sequence[int]) -> None:
     """Raise ValueError if a token id is negative."""
     if min(tokens, default=0) < 0:
-        raise _bad_token(tokens)
+        raise bad_token(tokens)
 
 
-def extend(history: "array[int]", tokens: Iterable[int]) -> None:
-    """Add tokens to the end of a history: all of them, or none and an error as `as_token_array` raises it."""
-    if not isinstance(tokens, list):
-        tokens = as_token_array(tokens)
-        refuse_negative(tokens)
-        history.extend(tokens)
-        return
-    try:
-        good = (tokens[0] if len(tokens) == 1 else min(tokens, default=0)) >= 0
-        if good:
-            history.fromlist(tokens)
-    except (TypeError, OverflowError):
-        good = False
-    if not good:
-        raise _bad_token(tokens)
+def bad_token(tokens: Sequence[int]) -> ValueError:
+    """Return the error for tokens of which one is no token id; it says which, not what it is."""
+    position = sum(1 for _ in takewhile(_is_token, tokens))
+    return ValueError(
+        f"token ids must be ints from 0 to 2**31 - 1, but the one at position {position} is not"
+    )
 
 
 def common_prefix_length(left: "array[int]", right: "array[int]") -> int:
@@ -100,13 +91,6 @@ def _listed(tokens: Iterable[int]) -> list[int]:
     if isinstance(ids, Iterable):
         return list(cast("Iterable[int]", ids))
     raise TypeError(f"tokens must be a sequence of ints, got {type(tokens).__name__!r}")
-
-
-def _bad_token(tokens: Sequence[int]) -> ValueError:
-    position = sum(1 for _ in takewhile(_is_token, tokens))
-    return ValueError(
-        f"token ids must be ints from 0 to 2**31 - 1, but the one at position {position} is not"
-    )
 
 
 def _is_token(token: int) -> bool:
