@@ -122,12 +122,13 @@ class Session:
         return f"<Session {self._id} {state}, {self.token_count} tokens>"
 
     def __del__(self) -> None:
-        if not hasattr(self, "_id"):  # not begun
+        try:
+            ledger = self._ledger
+        except AttributeError:  # not initialised
             return
-        leases.pop(id(self), None)
-        ledger = self._ledger
         if ledger is None or self._is_forked():
             return
+        leases.pop(id(self), None)  # of a borrow that didn't end, and won't
         try:
             if ledger.owes_release() and not self._closed:
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
