@@ -1,13 +1,14 @@
 """The batch: several sessions borrowed at once, all or none."""
 
+from collections import deque
+from itertools import repeat
 from types import TracebackType
 from typing import Generic, TypeVar, final
-from weakref import ref
 
 from attrs import define
 
 from inference_session._borrow import BorrowedState
-from inference_session._lease import Keeper, LeasedBlock
+from inference_session._lease import LeasedBlock
 
 
 KV = TypeVar("KV")
@@ -21,18 +22,14 @@ class BorrowedBatch(LeasedBlock, Generic[KV]):
     _states: "list[BorrowedState[KV]]"
 
     def __enter__(self) -> list[BorrowedState[KV]]:
-        lease = ref(self._exit)
-        self._exit = None
-        if lease() is None:  # as in BorrowedState
-            self._exit = Keeper()
-            lease = ref(self._exit)
-        end = lease()
+        lease = self._begin()
         taken: list[BorrowedState[KV]] = []
         try:
             for state in self._states:
-                state._exit = end  # one lease for all
-                taken.append(state.__enter__())
+                state._take(lease)
+                taken.append(state)
         except BaseException:
+            self._exit = None
             for state in taken:
                 state._give_back()
             raise
@@ -61,10 +58,9 @@ class BorrowedBatch(LeasedBlock, Generic[KV]):
     def _commit(self) -> None:
         ledgers = [state._ledger for state in self._states]
         try:
-            for ledger in ledgers:
-                ledger.check_cache(ledger.kv_length)
-            for ledger in ledgers:
-                ledger.commit()
+            savepoints = [ledger.new_savepoint() for ledger in ledgers]
+            # All at once: a call that stays within C code is one instant.
+            deque(map(setattr, ledgers, repeat("savepoint"), savepoints), maxlen=0)
         except BaseException as failure:
             self._undo(failure)
             raise

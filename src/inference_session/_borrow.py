@@ -4,13 +4,12 @@ from collections.abc import Iterable, Sequence
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar, final
-from weakref import ref
 
 from attrs import define, field
 
 from inference_session import _fork
 from inference_session._history import TokenHistory
-from inference_session._lease import Keeper, Lease, LeasedBlock, expired, leases
+from inference_session._lease import Lease, LeasedBlock, expired, leases
 from inference_session._ledger import NO_CACHE, NO_TOKENS, Ledger
 from inference_session._session import Session
 from inference_session._tokens import (
@@ -138,7 +137,8 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         Raises:
             StateMismatchError: if the KV cache doesn't cover `kv_length` tokens; nothing is committed then.
         """
-        self._current().commit()
+        ledger = self._current()
+        ledger.savepoint = ledger.new_savepoint()
 
     def rewind(self, length: int, *, pending: int = 1) -> None:
         """Forget all but the first `length` tokens of the history.
@@ -171,7 +171,7 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             tokens: as for `append`. An `array` or a NumPy buffer of C ints is fastest: it is compared as memory.
 
         Returns:
-            How many tokens are reused: they needn't be fed again.
+            How many tokens are reused, and needn't be fed again.
 
         Raises:
             ValueError: if an id isn't an int from 0 to 2**31 - 1; nothing changes then.
@@ -199,13 +199,15 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         return self._ledger
 
     def __enter__(self) -> "BorrowedState[KV]":
-        session, lease = self._session, ref(self._exit)
-        self._exit = None
-        if (
-            lease() is None
-        ):  # no `with` statement took it, so the lease lives as long as this object
-            self._exit = Keeper()
-            lease = ref(self._exit)
+        try:
+            self._take(self._begin())
+        except BaseException:
+            self._exit = None
+            raise
+        return self
+
+    def _take(self, lease: Lease) -> None:
+        session = self._session
         try:
             ledger = session._ledger
         except AttributeError:
@@ -225,7 +227,6 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         if not taken or ledger is None or ledger is not session._ledger or session._closed:
             ledger = self._take_carefully(lease)
         self._ledger, self._lease = ledger, lease
-        return self
 
     def _end(
         self,
@@ -243,7 +244,7 @@ class BorrowedState(LeasedBlock, Generic[KV]):
                 self._undo(exc)
             else:
                 try:
-                    self._ledger.commit()
+                    self._ledger.savepoint = self._ledger.new_savepoint()
                 except BaseException as failure:
                     self._undo(failure)
                     raise

@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from operator import attrgetter
-from threading import Lock
+from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from weakref import ref
 
 from attrs import define, field
 
@@ -19,21 +20,19 @@ Lease: TypeAlias = Callable[[], object]
 # took it removes the entry when the work is done; a dead lease has left work to undo. `setdefault` and `pop` are
 # atomic, with and without the GIL; only to replace a dead lease takes a lock.
 leases: Final[dict[int, Lease]] = {}
-_replacing = Lock()
+_replacing = RLock()
 
 
 @_fork.in_child
 def _forget_leases() -> None:
     global _replacing  # noqa: PLW0603 a lock that another thread held can't be made new in place
     leases.clear()
-    _replacing = Lock()
+    _replacing = RLock()
 
 
 def replace_dead(session_key: int, dead: Lease, lease: Lease) -> bool:
     """Put a lease in the place of a dead one, unless somebody else did."""
-    with (
-        _replacing
-    ):  # No call in here: a signal handler or a finalizer could come to this lock from there.
+    with _replacing:  # no call in here, which could let a signal handler in; a finalizer that comes in does no harm
         try:
             if leases[session_key] is dead:
                 leases[session_key] = lease
@@ -41,10 +40,6 @@ def replace_dead(session_key: int, dead: Lease, lease: Lease) -> bool:
         except KeyError:
             pass
         return False
-
-
-class Keeper:
-    """Something for a lease to refer to."""
 
 
 def expired() -> None:
@@ -86,6 +81,19 @@ class LeasedBlock(ABC):
     else:
         __exit__ = _Exit(attrgetter("_exit"))
 
+    def _begin(self) -> Lease:
+        """Forget the end, and return a lease that dies with the `with` statement that has it."""
+        if self._exit is None:
+            raise RuntimeError("a borrow can be entered only once; borrow the session again")
+        lease = ref(self._exit)
+        self._exit = None
+        if (
+            lease() is None
+        ):  # no `with` statement has it: the lease lives as long as this object, then
+            self._exit = _ManualEnd(ref(self))
+            lease = ref(self._exit)
+        return lease
+
     @abstractmethod
     def _end(
         self,
@@ -99,3 +107,15 @@ class LeasedBlock(ABC):
         Where this is interrupted nothing is given back, but the lease dies, and the next to take the session rolls it
         back first.
         """
+
+
+@define(eq=False, repr=False)
+class _ManualEnd:
+    """The end of a block that no `with` statement ends."""
+
+    _block: Callable[[], LeasedBlock | None]
+
+    def __call__(self, *exc_info: Any) -> None:
+        block = self._block()
+        if block is not None:
+            block._end(*exc_info)

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable
 from itertools import starmap
 from operator import index
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 from uuid import UUID
 
 from attrs import define, field
@@ -28,6 +28,10 @@ NO_CACHE: Final[Any] = object()
 NO_TOKENS: Final["array[int]"] = array("i")  # shared, so never written to
 _NOT_KEPT: Final = -1
 
+Savepoint: TypeAlias = tuple[int, "array[int]", int]
+"""What can be gone back to: how many tokens; the last of them, as far as they were cut off the history; and how many of
+them the KV cache covers, `_NOT_KEPT` if there's none to go back to."""
+
 
 @define(eq=False, repr=False)
 class Ledger(Generic[KV]):
@@ -40,12 +44,14 @@ class Ledger(Generic[KV]):
     kv_cache: KV = field(init=False, default=NO_CACHE)
     kv_length: int = field(init=False, default=0)
 
-    # The savepoint. Its tokens: `token_count` in all, of which the last ones may have been cut off the history. Its KV
-    # cache: covers `kv_kept` of them. It is `spare` if the engine has put another in its place, else `kv_cache`.
-    token_count: int = field(init=False, default=0)
-    cut_off: "array[int]" = field(init=False, default=NO_TOKENS)
-    kv_kept: int = field(init=False, default=_NOT_KEPT)
+    savepoint: Savepoint = field(init=False, default=(0, NO_TOKENS, _NOT_KEPT))
     spare: KV = field(init=False, default=NO_CACHE)
+    """The savepoint's KV cache, if the engine has put another in its place."""
+
+    @property
+    def token_count(self) -> int:
+        """How many tokens are committed."""
+        return self.savepoint[0]
 
     def open_cache(self) -> KV:
         """Return the KV cache, a new one if there is none."""
@@ -62,7 +68,7 @@ class Ledger(Generic[KV]):
         """Put another KV cache in the place of the present one, which is kept if it is the savepoint's."""
         if cache is self.kv_cache:
             return
-        if self.spare is NO_CACHE and self.kv_kept != _NOT_KEPT:
+        if self.spare is NO_CACHE and self.savepoint[2] != _NOT_KEPT:
             self.spare, self.kv_cache = self.kv_cache, cache
             return
         length = self.kv_length
@@ -96,8 +102,9 @@ class Ledger(Generic[KV]):
         An exception from `release` becomes a note on the failure that led here, if one did.
         """
         release = self.slots.release
-        kept = _NOT_KEPT if self.spare is NO_CACHE else self.kv_kept
-        cache, self.kv_cache, self.kv_length, self.kv_kept = self.kv_cache, NO_CACHE, 0, kept
+        count, cut_off, kept = self.savepoint
+        left = (count, cut_off, _NOT_KEPT if self.spare is NO_CACHE else kept)
+        cache, self.kv_cache, self.kv_length, self.savepoint = self.kv_cache, NO_CACHE, 0, left
         if release is None or cache is NO_CACHE:
             return
         try:
@@ -111,12 +118,12 @@ class Ledger(Generic[KV]):
 
     def rewrite(self, length: int, tokens: "array[int]") -> None:
         """Put `tokens` in the place of all that comes after the first `length` tokens of the history."""
-        untouched = self.token_count - len(self.cut_off)
-        cut_off = self.history[length:untouched] + self.cut_off
-        self.cut_off, self.history[length:] = cut_off, tokens
+        count, cut_off, kept = self.savepoint
+        cut_off = self.history[length : count - len(cut_off)] + cut_off
+        self.savepoint, self.history[length:] = (count, cut_off, kept), tokens
 
-    def commit(self) -> None:
-        """Make the present state the savepoint, if the KV cache covers what it should."""
+    def new_savepoint(self) -> Savepoint:
+        """Return a savepoint of the present state, if the KV cache covers what it should."""
         cache = self.kv_cache
         length = 0 if cache is NO_CACHE else self.slots.length(cache)
         if (
@@ -125,14 +132,13 @@ class Ledger(Generic[KV]):
             raise StateMismatchError(self.session_id, self.kv_length, index(length))
         if self.spare is not NO_CACHE:
             self._discard_spare()
-        count = len(self.history)
-        kept = _NOT_KEPT if cache is NO_CACHE else self.kv_length
-        self.token_count, self.cut_off, self.kv_kept = count, NO_TOKENS, kept
+        return (len(self.history), NO_TOKENS, _NOT_KEPT if cache is NO_CACHE else self.kv_length)
 
     def roll_back(self, failure: BaseException | None = None) -> None:
         """Go back to the savepoint. If this is interrupted, it can be begun again."""
-        self.history[self.token_count - len(self.cut_off) :] = self.cut_off
-        self.cut_off = NO_TOKENS
+        count, cut_off, _ = self.savepoint
+        self.history[count - len(cut_off) :] = cut_off
+        self.savepoint = (count, NO_TOKENS, self.savepoint[2])
         if self.spare is not NO_CACHE:
             self.discard_cache(failure)
             self.kv_cache, self.spare = self.spare, NO_CACHE
@@ -144,25 +150,26 @@ class Ledger(Generic[KV]):
         return self.slots.release is not None and self.kv_cache is not NO_CACHE
 
     def close(self, failure: BaseException | None = None) -> None:
-        """Let go of all KV caches."""
+        """Let go of all KV caches. If this is interrupted, it can be begun again."""
         try:
             self.discard_cache(failure)
         finally:
-            self.kv_cache, self.spare = self.spare, NO_CACHE
-            self.discard_cache(failure)
+            if self.spare is not NO_CACHE:
+                self._discard_spare()
 
     def _truncate_cache(self, truncate: Callable[[KV, int], KV], length: int) -> None:
-        kept = self.kv_kept
+        count, cut_off, kept = self.savepoint
         if self.spare is NO_CACHE:
             kept = min(kept, length)
-            self.kv_kept = _NOT_KEPT  # a cache that is being truncated can't be relied upon
+            # A KV cache that's being truncated can't be relied upon.
+            self.savepoint = (count, cut_off, _NOT_KEPT)
         (self.kv_cache,) = map(truncate, (self.kv_cache,), (length,))
         self.check_cache(length)
-        self.kv_length, self.kv_kept = length, kept
+        self.kv_length, self.savepoint = length, (count, cut_off, kept)
 
     def _cache_restored(self) -> bool:
         """Bring the KV cache back to what it covered at the savepoint, if that can be had."""
-        kept, truncate = self.kv_kept, self.slots.truncate
+        kept, truncate = self.savepoint[2], self.slots.truncate
         if kept == _NOT_KEPT:
             return False
         try:
@@ -177,6 +184,8 @@ class Ledger(Generic[KV]):
 
     def _discard_spare(self) -> None:
         release = self.slots.release
-        spare, self.spare, self.kv_kept = self.spare, NO_CACHE, _NOT_KEPT
+        count, cut_off, _ = self.savepoint
+        left = (count, cut_off, _NOT_KEPT)
+        spare, self.spare, self.savepoint = self.spare, NO_CACHE, left
         if release is not None:
             release(spare)

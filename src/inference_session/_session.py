@@ -9,7 +9,7 @@ from weakref import ref
 from attrs import define
 
 from inference_session import _fork
-from inference_session._lease import Keeper, Lease, leases, replace_dead
+from inference_session._lease import Lease, leases, replace_dead
 from inference_session._ledger import NO_CACHE, Ledger
 from inference_session.exceptions import SessionBusyError
 
@@ -154,7 +154,7 @@ class Session:
     def _give_back(self, failure: BaseException | None = None) -> None:
         """End what `_take` began; if the session was closed meanwhile, free its state."""
         ledger = self._ledger
-        if ledger is not None and ledger.token_count == 0 and ledger.kv_cache is NO_CACHE:
+        if ledger is not None and ledger.savepoint[0] == 0 and ledger.kv_cache is NO_CACHE:
             self._ledger = None  # as good as new: any engine may begin it
         leases.pop(id(self), None)
         if self._closed:
@@ -164,15 +164,18 @@ class Session:
         """Let go of the state, unless a borrow is under way: that one comes here when it ends."""
         if self._is_forked():
             return
-        keeper = Keeper()
+        keeper: _Keeper | None = _Keeper()
         try:
-            self._take(ref(keeper))
-        except SessionBusyError:
-            return
-        if self._ledger is not None:
-            self._ledger.close(failure)
-            self._ledger = None
-        leases.pop(id(self), None)
+            try:
+                self._take(ref(keeper))
+            except SessionBusyError:
+                return
+            if self._ledger is not None:
+                self._ledger.close(failure)
+                self._ledger = None
+            leases.pop(id(self), None)
+        finally:
+            keeper = None  # a traceback must not keep the lease alive
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(_NEVER_A_COPY)
@@ -185,3 +188,7 @@ class Session:
             "'Session' can't be subclassed, as engines rely on what it is; "
             "let your class have a session instead of being one"
         )
+
+
+class _Keeper:
+    """Something for a lease to refer to."""
