@@ -16,6 +16,7 @@ from uuid import UUID
 
 from attrs import define, field
 
+from inference_session import _fork
 from inference_session.exceptions import StateMismatchError
 
 
@@ -39,6 +40,7 @@ class Ledger(Generic[KV]):
 
     session_id: UUID
     slots: "StateSlots[KV]"
+    generation: int = field(init=False, factory=lambda: _fork.generation)
 
     history: "array[int]" = field(init=False, factory=lambda: array("i"))
     kv_cache: KV = field(init=False, default=NO_CACHE)
@@ -101,7 +103,7 @@ class Ledger(Generic[KV]):
 
         An exception from `release` becomes a note on the failure that led here, if one did.
         """
-        release = self.slots.release
+        release = self._release()
         count, cut_off, kept = self.savepoint
         left = (count, cut_off, _NOT_KEPT if self.spare is NO_CACHE else kept)
         cache, self.kv_cache, self.kv_length, self.savepoint = self.kv_cache, NO_CACHE, 0, left
@@ -147,7 +149,7 @@ class Ledger(Generic[KV]):
 
     def owes_release(self) -> bool:
         """Whether a KV cache must still be given back."""
-        return self.slots.release is not None and self.kv_cache is not NO_CACHE
+        return self._release() is not None and self.kv_cache is not NO_CACHE
 
     def close(self, failure: BaseException | None = None) -> None:
         """Let go of all KV caches. If this is interrupted, it can be begun again."""
@@ -183,9 +185,13 @@ class Ledger(Generic[KV]):
         return True
 
     def _discard_spare(self) -> None:
-        release = self.slots.release
+        release = self._release()
         count, cut_off, _ = self.savepoint
         left = (count, cut_off, _NOT_KEPT)
         spare, self.spare, self.savepoint = self.spare, NO_CACHE, left
         if release is not None:
             release(spare)
+
+    def _release(self) -> Callable[[KV], object] | None:
+        """Return what gives a KV cache back; none does in a forked child, where they are the parent's."""
+        return self.slots.release if self.generation == _fork.generation else None
