@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Generic, TypeVar, final
+from typing import Any, Generic, TypeVar, final
 
-from attrs import field, frozen
-from attrs.validators import is_callable, optional
+from attrs import NOTHING, Attribute, field, frozen
 
 from inference_session._batch import BorrowedBatch
 from inference_session._borrow import BorrowedState
@@ -18,8 +17,13 @@ from inference_session.exceptions import SessionBusyError
 KV = TypeVar("KV")
 
 
+def _is_callable(slots: object, attribute: "Attribute[Any]", function: object) -> None:
+    if not callable(function) and (function is not None or attribute.default is NOTHING):
+        raise TypeError(f"{attribute.name} must be a function, got {type(function).__name__!r}")
+
+
 @final
-@frozen(eq=False, kw_only=True)
+@frozen(eq=False, repr=False, kw_only=True)
 class StateSlots(Generic[KV]):
     """An engine's access to the state of its sessions: typed, exclusive and atomic.
 
@@ -37,13 +41,11 @@ class StateSlots(Generic[KV]):
         nbytes: returns how many bytes a KV cache holds, for memory budgets.
     """
 
-    create: Callable[[], KV] = field(validator=is_callable())
-    length: Callable[[KV], int] = field(validator=is_callable())
-    truncate: Callable[[KV, int], KV] | None = field(
-        default=None, validator=optional(is_callable())
-    )
-    release: Callable[[KV], object] | None = field(default=None, validator=optional(is_callable()))
-    nbytes: Callable[[KV], int] | None = field(default=None, validator=optional(is_callable()))
+    create: Callable[[], KV] = field(validator=_is_callable)
+    length: Callable[[KV], int] = field(validator=_is_callable)
+    truncate: Callable[[KV, int], KV] | None = field(default=None, validator=_is_callable)
+    release: Callable[[KV], object] | None = field(default=None, validator=_is_callable)
+    nbytes: Callable[[KV], int] | None = field(default=None, validator=_is_callable)
 
     def borrow(self, session: Session) -> AbstractContextManager[BorrowedState[KV], None]:
         """Borrow a session for a `with` block, which gets its `BorrowedState`.
