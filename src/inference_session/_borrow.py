@@ -12,12 +12,7 @@ from inference_session._history import TokenHistory
 from inference_session._lease import Lease, LeasedBlock, expired, leases
 from inference_session._ledger import NO_CACHE, NO_TOKENS, Ledger
 from inference_session._session import Session
-from inference_session._tokens import (
-    as_token_array,
-    bad_token,
-    common_prefix_length,
-    refuse_negative,
-)
+from inference_session._tokens import as_tokens, bad_token, checked_copy, common_prefix_length
 from inference_session.exceptions import (
     BorrowExpiredError,
     SessionClosedError,
@@ -101,9 +96,7 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             raise BorrowExpiredError(self._session.id)
         history = self._ledger.history
         if not isinstance(tokens, list):
-            tokens = as_token_array(tokens)
-            refuse_negative(tokens)
-            history.extend(tokens)
+            history.extend(checked_copy(as_tokens(tokens)))
             return
         try:
             good = (tokens[0] if len(tokens) == 1 else min(tokens, default=0)) >= 0
@@ -128,7 +121,10 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         if not ledger.kv_length <= covered <= len(ledger.history):
             pending = len(ledger.history) - ledger.kv_length
             raise ValueError(f"can't advance by {count} tokens, as {pending} are pending")
-        ledger.check_cache(covered)
+        cache = ledger.kv_cache
+        length = 0 if cache is NO_CACHE else ledger.slots.length(cache)
+        if length != covered:  # what check_cache does, less a call, as every step comes here
+            raise ledger.mismatch(covered, length)
         ledger.kv_length = covered
 
     def commit(self) -> None:
@@ -179,10 +175,9 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             StateMismatchError: if `truncate` didn't do as it should.
         """
         ledger = self._current()
-        wanted = as_token_array(tokens)
+        wanted = as_tokens(tokens)
         common = common_prefix_length(ledger.history, wanted)
-        rest = wanted[common:]
-        refuse_negative(rest)
+        rest = checked_copy(wanted, common)
         ledger.cut_cache(max(min(common, len(wanted) - 1), 0))
         ledger.rewrite(common, rest)
         return ledger.kv_length
@@ -235,21 +230,28 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         traceback: TracebackType | None,
         /,
     ) -> None:
+        session = self._session
         try:
             if self._lease is expired:
-                raise BorrowExpiredError(self._session.id)
-            if self._session._generation != _fork.generation:
+                raise BorrowExpiredError(session.id)
+            if session._generation != _fork.generation:
                 self._leave(exc_type)
-            elif exc_type is not None:
+                return
+            if exc_type is not None:
                 self._undo(exc)
+                return
+            try:
+                self._ledger.savepoint = savepoint = self._ledger.new_savepoint()
+            except BaseException as failure:
+                self._undo(failure)
+                raise
+            self._lease = expired
+            if savepoint[0] > 0:  # what _give_back does, less a call
+                leases.pop(id(session), None)
+                if session._closed:
+                    session._free()
             else:
-                try:
-                    self._ledger.savepoint = self._ledger.new_savepoint()
-                except BaseException as failure:
-                    self._undo(failure)
-                    raise
-                self._lease = expired
-                self._session._give_back()
+                session._give_back()
         finally:
             self._exit = None
 

@@ -96,7 +96,11 @@ class Ledger(Generic[KV]):
         cache = self.kv_cache
         length = 0 if cache is NO_CACHE else self.slots.length(cache)
         if length != expected:
-            raise StateMismatchError(self.session_id, expected, index(length))
+            raise self.mismatch(expected, length)
+
+    def mismatch(self, expected: int, length: int) -> StateMismatchError:
+        """Return the error for a KV cache of the wrong length; TypeError if that isn't even an int."""
+        return StateMismatchError(self.session_id, expected, index(length))
 
     def discard_cache(self, failure: BaseException | None = None) -> None:
         """Let go of the KV cache, so that all tokens become pending.
@@ -147,9 +151,9 @@ class Ledger(Generic[KV]):
         if not self._cache_restored():
             self.discard_cache(failure)
 
-    def owes_release(self) -> bool:
-        """Whether a KV cache must still be given back."""
-        return self._release() is not None and self.kv_cache is not NO_CACHE
+    def holds_cache(self) -> bool:
+        """Whether there is a KV cache to let go of."""
+        return self.kv_cache is not NO_CACHE or self.spare is not NO_CACHE
 
     def close(self, failure: BaseException | None = None) -> None:
         """Let go of all KV caches. If this is interrupted, it can be begun again."""

@@ -130,7 +130,7 @@ class Session:
             return
         leases.pop(id(self), None)  # of a borrow that didn't end, and won't
         try:
-            if ledger.owes_release() and not self._closed:
+            if ledger.holds_cache() and ledger.slots.release is not None and not self._closed:
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
         finally:
             ledger.close()
@@ -170,9 +170,15 @@ class Session:
                 self._take(ref(keeper))
             except SessionBusyError:
                 return
-            if self._ledger is not None:
-                self._ledger.close(failure)
-                self._ledger = None
+            ledger = self._ledger
+            if ledger is not None:
+                try:
+                    ledger.close(failure)
+                finally:
+                    if (
+                        not ledger.holds_cache()
+                    ):  # else it was interrupted, and is done when we come here again
+                        self._ledger = None
             leases.pop(id(self), None)
         finally:
             keeper = None  # a traceback must not keep the lease alive

@@ -1,47 +1,49 @@
 """Token ids: checked on the way in, compared at the speed of memory, never shown."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import takewhile
 from operator import index
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
-_LONGEST_SLICE = 8192  # 32 KiB: fits the caches, and the allocator keeps the memory
+Tokens: TypeAlias = "array[int] | memoryview[int]"
+"""Token ids as C ints, four bytes a token, not yet known to be no less than 0."""
+
+_LONGEST_SLICE: Final = 8192  # 32 KiB: fits the caches, and the allocator keeps the memory
 
 
-def as_token_array(tokens: Iterable[int]) -> "array[int]":
-    """Return the tokens as an array of C ints, four bytes a token; it may be `tokens` itself.
-
-    Negative ids are let through, for `refuse_negative` to find: what is compared first need not be checked twice.
+def as_tokens(tokens: Iterable[int]) -> Tokens:
+    """Return the tokens as C ints: themselves if that's what they are, else converted.
 
     Raises:
         TypeError: if `tokens` can't be iterated over.
         ValueError: if one of them isn't an int, or is out of a C int's range.
     """
-    if isinstance(tokens, (list, tuple)):
-        ids: Sequence[int] = tokens
-    elif isinstance(tokens, array) and tokens.typecode == "i":
+    if isinstance(tokens, array) and tokens.typecode == "i":
         return tokens
-    else:
-        ids = _copied(tokens)
+    ids = tokens if isinstance(tokens, (list, tuple)) else _c_ints_or_list(tokens)
+    if isinstance(ids, memoryview):
+        return ids
     try:
         return array("i", ids)
     except (TypeError, OverflowError):
         raise bad_token(ids) from None
 
 
-def refuse_negative(tokens: Sequence[int]) -> None:
-    """Raise ValueError if a token id is negative."""
-    if min(tokens, default=0) < 0:
+def checked_copy(tokens: Tokens, start: int = 0) -> "array[int]":
+    """Return a copy of the tokens from `start` on; ValueError if one of them is negative."""
+    copy = array("i", tokens[start:].tobytes())
+    if min(copy, default=0) < 0:
         raise bad_token(tokens)
+    return copy
 
 
-def bad_token(tokens: Sequence[int]) -> ValueError:
+def bad_token(tokens: Iterable[int]) -> ValueError:
     """Return the error for tokens of which one is no token id; it says which, not what it is."""
     position = sum(1 for _ in takewhile(_is_token, tokens))
     return ValueError(
@@ -49,44 +51,37 @@ def bad_token(tokens: Sequence[int]) -> ValueError:
     )
 
 
-def common_prefix_length(left: "array[int]", right: "array[int]") -> int:
-    """Return how many tokens `left` and `right` have in common from the start on.
+def common_prefix_length(history: "array[int]", tokens: Tokens) -> int:
+    """Return how many tokens both have in common from the start on.
 
-    Slices are compared, at C speed: ever longer ones up to the first that differs, then halves of that one.
+    Slices are compared, as memory: ever longer ones up to the first that differs, then halves of that one.
     """
-    same, end, step = 0, min(len(left), len(right)), 16
+    same, end, step = 0, min(len(history), len(tokens)), 16
     while True:
         stop = min(same + step, end)
-        if left[same:stop] != right[same:stop]:
+        if history[same:stop].tobytes() != tokens[same:stop].tobytes():
             break
         if stop == end:
             return end
         same, step = stop, min(2 * step, _LONGEST_SLICE)
     while stop - same > 1:
         middle = (same + stop) // 2
-        if left[same:middle] == right[same:middle]:
+        if history[same:middle].tobytes() == tokens[same:middle].tobytes():
             same = middle
         else:
             stop = middle
     return same
 
 
-def _copied(tokens: Iterable[int]) -> Sequence[int]:
-    """Copy the ids out of any other container: at once from a buffer of C ints, else one by one."""
+def _c_ints_or_list(tokens: Iterable[int]) -> "memoryview[int] | list[int]":
     try:
         view = memoryview(cast("ReadableBuffer", tokens))
-    except TypeError:  # not a buffer: PyTorch's tensors, iterators, ...
-        return _listed(tokens)
-    with view:
-        if view.format != "i" or view.ndim != 1 or not view.c_contiguous:
-            return _listed(tokens)
-        copy = array("i")
-        copy.frombytes(view.cast("B"))
-        return copy
-
-
-def _listed(tokens: Iterable[int]) -> list[int]:
-    tolist = getattr(tokens, "tolist", None)  # many times faster than iterating where there is one
+    except TypeError:  # not a buffer: an iterator, a tensor of PyTorch, ...
+        pass
+    else:
+        if view.format == "i" and view.ndim == 1 and view.c_contiguous:
+            return view
+    tolist = getattr(tokens, "tolist", None)  # where there is one, it's much faster than iterating
     ids = tokens if tolist is None else tolist()
     if isinstance(ids, Iterable):
         return list(cast("Iterable[int]", ids))
