@@ -8,7 +8,7 @@ from typing import Generic, TypeVar, final
 from attrs import define
 
 from inference_session._borrow import BorrowedState
-from inference_session._lease import LeasedBlock
+from inference_session._lease import LeasedBlock, no_exit
 
 
 KV = TypeVar("KV")
@@ -29,7 +29,7 @@ class BorrowedBatch(LeasedBlock, Generic[KV]):
                 state._take(lease)
                 taken.append(state)
         except BaseException:
-            self._exit = None
+            self._exit = no_exit
             for state in taken:
                 state._give_back()
             raise
@@ -53,19 +53,27 @@ class BorrowedBatch(LeasedBlock, Generic[KV]):
             else:
                 self._commit()
         finally:
-            self._exit = None
+            self._exit = no_exit
 
     def _commit(self) -> None:
         ledgers = [state._ledger for state in self._states]
         try:
+            for ledger in ledgers:
+                ledger.check_cache(ledger.kv_length)
             savepoints = [ledger.new_savepoint() for ledger in ledgers]
             # All at once: a call that stays within C code is one instant.
             deque(map(setattr, ledgers, repeat("savepoint"), savepoints), maxlen=0)
         except BaseException as failure:
             self._undo(failure)
             raise
+        error = None
         for state in self._states:
-            state._give_back()
+            try:
+                state._give_back()
+            except Exception as raised:  # noqa: BLE001 of the release of a session closed meanwhile
+                error = raised
+        if error is not None:
+            raise error
 
     def _undo(self, failure: BaseException | None) -> None:
         for state in self._states:

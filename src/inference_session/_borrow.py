@@ -9,7 +9,7 @@ from attrs import define, field
 
 from inference_session import _fork
 from inference_session._history import TokenHistory
-from inference_session._lease import Lease, LeasedBlock, expired, leases
+from inference_session._lease import Lease, LeasedBlock, expired, leases, no_exit
 from inference_session._ledger import NO_CACHE, NO_TOKENS, Ledger
 from inference_session._session import Session
 from inference_session._tokens import as_tokens, bad_token, checked_copy, common_prefix_length
@@ -197,7 +197,7 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         try:
             self._take(self._begin())
         except BaseException:
-            self._exit = None
+            self._exit = no_exit
             raise
         return self
 
@@ -218,6 +218,7 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             or session._generation != _fork.generation
         ):
             self._check_free()  # before it is taken, so as to be in nobody's way
+            ledger = None
         taken = leases.setdefault(id(session), lease) is lease
         if not taken or ledger is None or ledger is not session._ledger or session._closed:
             ledger = self._take_carefully(lease)
@@ -253,7 +254,7 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             else:
                 session._give_back()
         finally:
-            self._exit = None
+            self._exit = no_exit
 
     def _check_free(self) -> None:
         session = self._session
@@ -261,14 +262,19 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             raise SessionForkedError(session.id)
         if session._closed:
             raise SessionClosedError(session.id)
-        if session._ledger is not None and session._ledger.slots is not self._slots:
+        ledger = session._ledger
+        if ledger is not None and ledger.slots is not self._slots and not ledger.is_blank():
             raise SessionOwnerError(session.id)
 
     def _take_carefully(self, lease: Lease) -> Ledger[KV]:
         """Take a session that is new, busy, unfinished, or has changed since it was found free."""
         session = self._session
-        if session._take(lease) and session._ledger is not None:
-            session._ledger.roll_back()
+        unfinished, ledger = session._take(lease), session._ledger
+        if ledger is not None:
+            if unfinished:
+                ledger.roll_back()
+            if ledger.is_blank():
+                session._ledger = None
         try:
             self._check_free()
         except SessionError:

@@ -46,6 +46,11 @@ def expired() -> None:
     """Be the lease of a borrow that isn't under way."""
 
 
+def no_exit(*exc_info: object) -> None:
+    """Be the `__exit__` of a block that a `with` statement ends, or that is over."""
+    raise RuntimeError("a borrow is ended only once, and by its `with` statement if it has one")
+
+
 class _Exit(property):
     """`__exit__` of a block, as something that its `with` statement has and nothing else does.
 
@@ -83,10 +88,10 @@ class LeasedBlock(ABC):
 
     def _begin(self) -> Lease:
         """Forget the end, and return a lease that dies with the `with` statement that has it."""
-        if self._exit is None:
+        if self._exit is no_exit:
             raise RuntimeError("a borrow can be entered only once; borrow the session again")
         lease = ref(self._exit)
-        self._exit = None
+        self._exit = no_exit
         if (
             lease() is None
         ):  # no `with` statement has it: the lease lives as long as this object, then

@@ -73,10 +73,11 @@ class Ledger(Generic[KV]):
         if self.spare is NO_CACHE and self.savepoint[2] != _NOT_KEPT:
             self.spare, self.kv_cache = self.kv_cache, cache
             return
-        length = self.kv_length
-        self.discard_cache()
+        release, replaced = self._release(), self.kv_cache
         spare = NO_CACHE if cache is self.spare else self.spare
-        self.kv_cache, self.kv_length, self.spare = cache, length, spare
+        self.kv_cache, self.spare = cache, spare
+        if release is not None and replaced is not NO_CACHE:
+            release(replaced)
 
     def cut_cache(self, length: int) -> None:
         """Have the KV cache cover `length` tokens at most: none, where it can't be truncated."""
@@ -154,6 +155,10 @@ class Ledger(Generic[KV]):
     def holds_cache(self) -> bool:
         """Whether there is a KV cache to let go of."""
         return self.kv_cache is not NO_CACHE or self.spare is not NO_CACHE
+
+    def is_blank(self) -> bool:
+        """Whether the savepoint holds nothing, so that another engine may begin anew."""
+        return self.savepoint[0] == 0 and self.savepoint[2] == _NOT_KEPT
 
     def close(self, failure: BaseException | None = None) -> None:
         """Let go of all KV caches. If this is interrupted, it can be begun again."""

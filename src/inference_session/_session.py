@@ -10,7 +10,7 @@ from attrs import define
 
 from inference_session import _fork
 from inference_session._lease import Lease, leases, replace_dead
-from inference_session._ledger import NO_CACHE, Ledger
+from inference_session._ledger import Ledger
 from inference_session.exceptions import SessionBusyError
 
 
@@ -154,8 +154,8 @@ class Session:
     def _give_back(self, failure: BaseException | None = None) -> None:
         """End what `_take` began; if the session was closed meanwhile, free its state."""
         ledger = self._ledger
-        if ledger is not None and ledger.savepoint[0] == 0 and ledger.kv_cache is NO_CACHE:
-            self._ledger = None  # as good as new: any engine may begin it
+        if ledger is not None and ledger.is_blank():
+            self._ledger = None  # any engine may begin it
         leases.pop(id(self), None)
         if self._closed:
             self._free(failure)
