@@ -12,7 +12,7 @@ from inference_session._history import TokenHistory
 from inference_session._lease import Lease, LeasedBlock, expired, leases, no_exit
 from inference_session._ledger import NO_CACHE, NO_TOKENS, Ledger
 from inference_session._session import Session
-from inference_session._tokens import as_tokens, bad_token, checked_copy, common_prefix_length
+from inference_session._tokens import as_tokens, checked_copy, common_prefix_length
 from inference_session.exceptions import (
     BorrowExpiredError,
     SessionClosedError,
@@ -95,17 +95,16 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         if self._lease() is None:
             raise BorrowExpiredError(self._session.id)
         history = self._ledger.history
-        if not isinstance(tokens, list):
-            history.extend(checked_copy(as_tokens(tokens)))
-            return
         try:
-            good = (tokens[0] if len(tokens) == 1 else min(tokens, default=0)) >= 0
-            if good:
-                history.fromlist(tokens)
+            if (
+                isinstance(tokens, list)
+                and (tokens[0] if len(tokens) == 1 else min(tokens, default=0)) >= 0
+            ):
+                history.fromlist(tokens)  # nothing is quicker for the one token of a decode
+                return
         except (TypeError, OverflowError):
-            good = False
-        if not good:
-            raise bad_token(tokens)
+            pass
+        history.extend(checked_copy(as_tokens(tokens)))
 
     def advance(self, count: int) -> None:
         """Say that the model was fed the next `count` pending tokens, so that the KV cache covers them now.

@@ -83,9 +83,13 @@ def _c_ints_or_list(tokens: Iterable[int]) -> "memoryview[int] | list[int]":
             return view
     tolist = getattr(tokens, "tolist", None)  # where there is one, it's much faster than iterating
     ids = tokens if tolist is None else tolist()
-    if isinstance(ids, Iterable):
-        return list(cast("Iterable[int]", ids))
-    raise TypeError(f"tokens must be a sequence of ints, got {type(tokens).__name__!r}")
+    try:
+        iterator = iter(cast("Iterable[int]", ids))
+    except TypeError:
+        raise TypeError(
+            f"tokens must be a sequence of ints, got {type(tokens).__name__!r}"
+        ) from None
+    return list(iterator)
 
 
 def _is_token(token: int) -> bool:
