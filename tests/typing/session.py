@@ -1,0 +1,85 @@
+"""What type checkers know of `Session`, and which of its misuses they find."""
+
+from typing import assert_type
+from uuid import UUID, uuid4
+from weakref import ReferenceType, ref
+
+import attrs
+
+from inference_session import Session
+
+
+def test_makers_return_sessions() -> None:
+    """Every way to make a session is typed."""
+    assert_type(Session(), Session)
+    assert_type(Session.new(), Session)
+    assert_type(Session.with_id(uuid4()), Session)
+
+
+def test_members_are_typed(session: Session) -> None:
+    """What an application sees of a session is typed."""
+    assert_type(session.id, UUID)
+    assert_type(session.token_count, int)
+    assert_type(session.closed, bool)
+    close: None = session.close()  # type: ignore[func-returns-value]
+    assert_type(close, None)
+
+
+def test_sessions_are_keys(session: Session) -> None:
+    """A session can be a dictionary's key, and referred to weakly."""
+    assert_type({session: 1}, dict[Session, int])
+    assert_type(ref(session), ReferenceType[Session])
+
+
+def test_with_binds_the_session() -> UUID:
+    """A `with` block gets the session itself, and is known to pass exceptions on: nothing need follow its return."""
+    with Session() as session:
+        assert_type(session, Session)
+        return session.id
+
+
+def test_members_cannot_be_set(session: Session) -> None:
+    """No public member can be set, nor one invented."""
+    session.id = uuid4()  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    session.token_count = 0  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    session.closed = True  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    session.kv_cache = []  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_members_cannot_be_deleted(session: Session) -> None:
+    """No public member can be deleted, though mypy never looks at `del`."""
+    del session.id  # pyright: ignore[reportAttributeAccessIssue]
+    del session.token_count  # pyright: ignore[reportAttributeAccessIssue]
+    del session.closed  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_sessions_take_no_arguments(id: UUID) -> None:  # noqa: A002
+    """An id comes in by `with_id` alone."""
+    Session(id)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Session(id=id)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Session.new(id)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def test_ids_are_uuids(session: Session) -> None:
+    """An id is a `UUID`, not what one is made of, nor the session that has it."""
+    Session.with_id("str")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Session.with_id(7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Session.with_id(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Session.with_id()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def test_sessions_cannot_be_evolved(session: Session) -> None:
+    """`attrs.evolve` is told that a session has nothing to change."""
+    attrs.evolve(session, id=uuid4())  # type: ignore[call-arg]
+
+
+def test_sessions_have_no_order(session: Session, other: Session) -> None:
+    """Sessions aren't compared by value."""
+    assert session < other  # type: ignore[operator]  # pyright: ignore[reportOperatorIssue]
+
+
+def test_sessions_cannot_be_subclassed() -> None:
+    """`Session` is final."""
+
+    class Chat(Session):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues, reportUnusedClass]
+        pass
