@@ -1,0 +1,194 @@
+"""KV caches for tests: they hold the very tokens that they were fed, and are counted.
+
+With them, that a session's KV cache belongs to its tokens can be looked at, and so can every leak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+from attrs import define, field, frozen
+
+from inference_session.engine import BorrowedState, StateSlots
+
+
+FunctionName: TypeAlias = Literal["create", "length", "truncate", "release"]
+Lie: TypeAlias = Literal["too long", "too short", "untouched", "untouched copy"]
+
+
+@frozen(eq=False)
+class Fault:
+    """Something that goes wrong in one call of a function: it raises, or doesn't do or tell what it should."""
+
+    function: FunctionName
+    what: BaseException | Lie
+    after_work: bool = False
+    """Whether it raises when its work is done already."""
+
+
+@define(eq=False)
+class Cache:
+    """A KV cache."""
+
+    tokens: list[int]
+    owner: object = None
+    """Whatever stands for the session that has it."""
+    donated: bool = False
+    """Whether a step has made another of its memory."""
+    successor: Cache | None = None
+    """What `truncate` returned in its place."""
+    released: int = 0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it must still be released."""
+        return not self.released and self.successor is None
+
+    def latest(self) -> Cache:
+        """Return what it has become by truncation."""
+        return self if self.successor is None else self.successor.latest()
+
+
+@define(eq=False)
+class Memory:
+    """Where an engine's KV caches are: it makes them, keeps book of them, and fails where it was told to."""
+
+    functional: bool = False
+    """Whether a step and `truncate` return a new cache instead of changing the old one."""
+    donating: bool = False
+    """Whether, in addition, the old one can't be used after a step any more."""
+    truncates: bool = True
+
+    caches: list[Cache] = field(init=False, factory=list[Cache])
+    owner: object = field(init=False, default=None)
+    """Whom the next cache is for."""
+    faults: list[tuple[int, Fault]] = field(init=False, factory=list[tuple[int, Fault]])
+    """What is going to fail, and after how many calls."""
+    raised: list[BaseException] = field(init=False, factory=list[BaseException])
+    lies: int = field(init=False, default=0)
+    misuse: list[str] = field(init=False, factory=list[str])
+    """What the library should never have done."""
+
+    def slots(self) -> StateSlots[Cache]:
+        """Return an access to sessions whose caches are here."""
+        return StateSlots(
+            create=self.create,
+            length=self.length,
+            truncate=self.truncate if self.truncates else None,
+            release=self.release,
+        )
+
+    def create(self) -> Cache:
+        """Return a new cache, empty if it's true."""
+        fault = self._due("create")
+        self._strike(fault)
+        return self.new([] if fault is None else [0])
+
+    def length(self, cache: Cache) -> int:
+        """Return how many tokens it covers, or nearly."""
+        fault = self._due("length")
+        self._strike(fault)
+        self._check_live(cache, "length")
+        if cache.donated:
+            raise RuntimeError("this cache was donated to a step")
+        if fault is None:
+            return len(cache.tokens)
+        return len(cache.tokens) + (1 if fault.what == "too long" else -1)
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        """Return a cache of only the first tokens, if it's true."""
+        fault = self._due("truncate")
+        if fault is not None and not fault.after_work:
+            self._strike(fault)
+        self._check_live(cache, "truncate")
+        if cache.donated:
+            raise RuntimeError("this cache was donated to a step")
+        if fault is not None and fault.what in {"too long", "too short"}:
+            length = max(length + (1 if fault.what == "too long" else -1), 0)
+        kept = cache.tokens[:length]
+        if fault is not None and fault.what in {"untouched", "untouched copy"}:
+            kept = list(cache.tokens)
+        if not self.functional and (fault is None or fault.what != "untouched copy"):
+            cache.tokens = kept
+            self._strike(fault)
+            return cache
+        self._strike(fault)
+        cache.successor = self.new(kept, cache.owner)
+        return cache.successor
+
+    def release(self, cache: Cache) -> None:
+        """Take a cache back, once."""
+        if not cache.is_live:
+            self.misuse.append("release of what isn't the library's any more")
+        cache.released += 1
+        self._strike(self._due("release"))
+
+    def new(self, tokens: Sequence[int], owner: object = None) -> Cache:
+        """Return a new cache of some tokens."""
+        cache = Cache(list(tokens), self.owner if owner is None else owner)
+        self.caches.append(cache)
+        return cache
+
+    def feed(self, state: BorrowedState[Cache], tokens: Sequence[int]) -> None:
+        """Do what a step of the model does to the KV cache."""
+        cache = state.kv_cache
+        if not self.functional:
+            cache.tokens.extend(tokens)
+            return
+        new = self.new([*cache.tokens, *tokens], cache.owner)
+        cache.donated = self.donating
+        state.kv_cache = new
+
+    def step(self, state: BorrowedState[Cache], *tokens: int) -> None:
+        """Add tokens, and feed all that is pending."""
+        state.append(tokens)
+        pending = state.pending
+        self.feed(state, pending)
+        state.advance(len(pending))
+
+    def fail(self, fault: Fault, *, skip: int = 0) -> None:
+        """Let a function fail, though not in its next `skip` calls."""
+        self.faults.append((skip, fault))
+
+    def live(self, owner: object = None) -> list[Cache]:
+        """Return the caches that must still be released: all, or those of one owner."""
+        return [
+            cache
+            for cache in self.caches
+            if cache.is_live and (owner is None or cache.owner is owner)
+        ]
+
+    def check_all_released(self) -> None:
+        """Assert that nothing was leaked, released twice or used too long."""
+        assert not self.misuse
+        for cache in self.caches:
+            assert cache.released == (cache.successor is None)
+
+    @property
+    def disturbances(self) -> int:
+        """How often something went wrong."""
+        return len(self.raised) + self.lies
+
+    def _check_live(self, cache: Cache, function: FunctionName) -> None:
+        if not cache.is_live:
+            self.misuse.append(f"{function} of what isn't the library's any more")
+
+    def _due(self, function: FunctionName) -> Fault | None:
+        due: Fault | None = None
+        faults, self.faults = self.faults, []
+        for skip, fault in faults:
+            if fault.function != function:
+                self.faults.append((skip, fault))
+            elif skip or due is not None:
+                self.faults.append((max(skip - 1, 0), fault))
+            else:
+                due = fault
+        if due is not None and isinstance(due.what, str):
+            self.lies += 1
+        return due
+
+    def _strike(self, fault: Fault | None) -> None:
+        if fault is not None and isinstance(fault.what, BaseException):
+            self.raised.append(fault.what)
+            raise fault.what

@@ -1,0 +1,154 @@
+"""Errors: one root, the session's id, and nothing lost on the way to another process."""
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable
+from uuid import UUID, uuid4
+
+import cloudpickle  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
+import pytest
+
+from inference_session import exceptions
+from inference_session.exceptions import (
+    BorrowExpiredError,
+    SessionBusyError,
+    SessionClosedError,
+    SessionError,
+    SessionForkedError,
+    SessionOwnerError,
+    StateMismatchError,
+)
+
+
+SOME_ID = UUID("12345678-1234-5678-1234-567812345678")
+OF_A_SESSION = [
+    BorrowExpiredError,
+    SessionBusyError,
+    SessionClosedError,
+    SessionForkedError,
+    SessionOwnerError,
+]
+ERRORS = [*(error(SOME_ID) for error in OF_A_SESSION), StateMismatchError(SOME_ID, 5, 3)]
+CLASSES = [getattr(exceptions, name) for name in exceptions.__all__]
+
+each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+each_class = pytest.mark.parametrize("error_class", CLASSES, ids=lambda it: it.__name__)
+
+
+def test_every_error_is_tested() -> None:
+    """An error that is added is tested here, too."""
+    assert {type(error) for error in ERRORS} == set(CLASSES) - {SessionError}
+
+
+@each_class
+def test_root(error_class: type[Exception]) -> None:
+    """Who catches `SessionError` catches everything, and nobody else's errors: `ValueError` means wrong arguments."""
+    assert issubclass(error_class, SessionError)
+    assert SessionError.__bases__ == (Exception,)
+    assert not issubclass(error_class, ValueError | TypeError | RuntimeError)
+
+
+@each_class
+def test_docstring(error_class: type[Exception]) -> None:
+    """Each says in one sentence when one gets it, and then when not."""
+    doc = inspect.getdoc(error_class)
+    assert doc is not None
+    assert doc.splitlines()[0].endswith((".", ":")) or ". " in doc
+    assert "do *not* get it" in " ".join(doc.split())
+    assert error_class.__doc__ != Exception.__doc__
+
+
+@each_error
+def test_message(error: SessionError) -> None:
+    """The message names the session, and reads as a sentence that ends in what to do or what is known."""
+    text = str(error)
+    assert str(SOME_ID) in text
+    assert text[0].islower()
+    assert not text.endswith(".")
+    assert "\n" not in text
+
+
+@each_error
+def test_session_id(error: SessionError) -> None:
+    """A server knows by an attribute which session it was."""
+    assert getattr(error, "session_id") == SOME_ID  # noqa: B009 the root hasn't got it
+
+
+def test_mismatch() -> None:
+    """The error tells how far the cache is from what it should cover."""
+    error = StateMismatchError(SOME_ID, expected=5, actual=3)
+    assert (error.expected, error.actual) == (5, 3)
+    assert "should cover 5 tokens" in str(error)
+    assert "its length is 3" in str(error)
+
+
+PICKLERS: list[Callable[[SessionError], SessionError]] = [
+    *(
+        lambda error, protocol=protocol: pickle.loads(pickle.dumps(error, protocol))
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    ),
+    lambda error: pickle.loads(cloudpickle.dumps(error)),  # pyright: ignore[reportUnknownMemberType]
+    copy.copy,
+    copy.deepcopy,
+]
+
+
+@each_error
+@pytest.mark.parametrize(
+    "there_and_back",
+    PICKLERS,
+    ids=[
+        *(f"pickle{n}" for n in range(pickle.HIGHEST_PROTOCOL + 1)),
+        "cloudpickle",
+        "copy",
+        "deepcopy",
+    ],
+)
+def test_pickling(
+    error: SessionError, there_and_back: Callable[[SessionError], SessionError]
+) -> None:
+    """A worker process reports the same error, with all it has to tell."""
+    noted = copy.copy(error)
+    noted.add_note("a note")
+    for before in (error, noted):
+        after = there_and_back(before)
+        assert type(after) is type(before)
+        assert str(after) == str(before)
+        assert repr(after) == repr(before)
+        assert vars(after) == vars(before)
+        assert after.args == before.args
+
+
+@each_error
+def test_repr(error: SessionError) -> None:
+    """A log of the error's `repr` is as good as its message."""
+    assert type(error).__name__ in repr(error)
+    assert str(SOME_ID) in repr(error)
+
+
+@each_error
+def test_each_is_itself(error: SessionError) -> None:
+    """Errors are compared and hashed by identity, as Python's own: none is taken for another one."""
+    same = copy.copy(error)
+    assert error != same
+    assert len({error, same, error}) == 2
+
+
+@each_error
+def test_raising(error: SessionError) -> None:
+    """They can be raised, chained, and given notes, as any exception."""
+    cause = KeyError()
+    with pytest.raises(type(error)) as caught:
+        raise copy.copy(error) from cause
+    assert caught.value.__cause__ is cause
+    assert caught.value.__traceback__ is not None
+
+
+@pytest.mark.parametrize("error_class", OF_A_SESSION, ids=lambda it: it.__name__)
+def test_arguments(error_class: Callable[..., SessionError]) -> None:
+    """A test of an engine or a server makes them with an id, by position or by name."""
+    some_id = uuid4()
+    assert str(error_class(session_id=some_id)) == str(error_class(some_id))
+    with pytest.raises(TypeError):
+        error_class()

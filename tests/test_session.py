@@ -1,0 +1,576 @@
+"""A session: who it is, that it never changes and is never copied, and how it ends."""
+
+# ruff: noqa: PT012 what's tested is how a block fails
+
+import copy
+import gc
+import multiprocessing
+import pickle
+import queue
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import attrs
+import cloudpickle  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
+import pytest
+from tests.caches import Cache, Fault, Memory
+
+from inference_session import Session
+from inference_session.engine import StateSlots
+from inference_session.exceptions import SessionClosedError
+
+
+SOME_ID = UUID("12345678-1234-5678-1234-567812345678")
+
+
+# Who it is
+
+
+@pytest.mark.parametrize("new", [Session, Session.new], ids=["Session()", "Session.new()"])
+def test_ids_are_random(new: Callable[[], Session]) -> None:
+    """Nobody can guess an id, and no two sessions share one: they are UUIDs of version 4."""
+    ids = {new().id for _ in range(100)}
+    assert len(ids) == 100
+    assert {each.version for each in ids} == {4}
+
+
+def test_with_id() -> None:
+    """A test or a replay gets exactly the id it asks for, of whatever version."""
+    assert Session.with_id(SOME_ID).id is SOME_ID
+
+
+@pytest.mark.parametrize("wrong", [str(SOME_ID), SOME_ID.bytes, 1, None, Session()], ids=repr)
+def test_with_id_takes_uuids_only(wrong: object) -> None:
+    """An id of another type is refused at once, and the error says what it got."""
+    with pytest.raises(TypeError, match=rf"UUID, got '{type(wrong).__name__}'"):
+        Session.with_id(cast("UUID", wrong))
+
+
+def test_id_can_not_be_set() -> None:
+    """What a registry knows a session by never changes."""
+    session = Session.with_id(SOME_ID)
+    with pytest.raises(AttributeError):
+        setattr(session, "id", uuid4())  # noqa: B010 a type checker would tell
+    assert session.id == SOME_ID
+
+
+def test_id_can_not_be_deleted() -> None:
+    """A session is never without its id."""
+    session = Session.with_id(SOME_ID)
+    with pytest.raises(AttributeError):
+        delattr(session, "id")
+    assert session.id == SOME_ID
+
+
+def test_initialised_once(session: Session, slots: StateSlots[Cache], memory: Memory) -> None:
+    """A second `__init__` doesn't silently make another session of it."""
+    with slots.borrow(session) as state:
+        memory.step(state, 1, 2)
+    before = session.id
+    with pytest.raises(TypeError, match="only once"):
+        session.__init__()
+    assert (session.id, session.token_count) == (before, 2)
+
+
+def test_no_arguments() -> None:
+    """An id goes to `with_id`; the constructor doesn't guess."""
+    make = cast("Callable[..., Session]", Session)
+    with pytest.raises(TypeError, match="with_id"):
+        make(SOME_ID)
+    with pytest.raises(TypeError, match="with_id"):
+        make(id=SOME_ID)
+
+
+def test_nothing_can_be_added(session: Session) -> None:
+    """A misspelt attribute is an error, and a session stays small."""
+    with pytest.raises(AttributeError):
+        setattr(session, "token_counts", 1)  # noqa: B010 a type checker would tell
+    assert not hasattr(session, "__dict__")
+
+
+def test_equals_itself_only() -> None:
+    """Two sessions are never equal, not even with the same id: they hold different caches."""
+    one, other = Session.with_id(SOME_ID), Session.with_id(SOME_ID)
+    assert one == one  # noqa: PLR0124 that's the question
+    assert one != other
+    assert len({one, other, one}) == 2
+    assert {one: 1}[one] == 1
+
+
+def test_hash_never_changes(session: Session, slots: StateSlots[Cache], memory: Memory) -> None:
+    """A session is found in a dict, whatever happened to it since."""
+    found = {session: "here"}
+    with slots.borrow(session) as state:
+        memory.step(state, 1)
+    session.close()
+    assert found[session] == "here"
+
+
+def test_weak_references() -> None:
+    """A cache of sessions may let them go."""
+    session = Session()
+    reference = weakref.ref(session)
+    assert reference() is session
+    del session
+    assert reference() is None
+
+
+# What it shows
+
+
+def test_repr_of_an_idle_session() -> None:
+    """A log tells sessions apart."""
+    assert repr(Session.with_id(SOME_ID)) == f"<Session {SOME_ID} idle, 0 tokens>"
+
+
+def test_repr_of_a_borrowed_session(slots: StateSlots[Cache], memory: Memory) -> None:
+    """A log tells that a step is under way, and how many tokens are committed: not those that aren't."""
+    with Session.with_id(SOME_ID) as session:
+        with slots.borrow(session) as state:
+            memory.step(state, 1, 2, 3)
+            assert repr(session) == f"<Session {SOME_ID} borrowed, 0 tokens>"
+            state.commit()
+            assert repr(session) == f"<Session {SOME_ID} borrowed, 3 tokens>"
+        assert repr(session) == f"<Session {SOME_ID} idle, 3 tokens>"
+
+
+def test_repr_of_a_closed_session(slots: StateSlots[Cache], memory: Memory) -> None:
+    """A log tells that a session is closed, from the very moment on."""
+    session = Session.with_id(SOME_ID)
+    with slots.borrow(session) as state:
+        memory.step(state, 1)
+        state.commit()
+        session.close()
+        assert repr(session) == f"<Session {SOME_ID} closed, 1 tokens>"
+    assert repr(session) == f"<Session {SOME_ID} closed, 0 tokens>"
+
+
+def test_token_count(session: Session, slots: StateSlots[Cache], memory: Memory) -> None:
+    """It counts committed tokens only, fed or not; one that watches a step never sees it go back."""
+    assert session.token_count == 0
+    with slots.borrow(session) as state:
+        memory.step(state, 1, 2)
+        assert session.token_count == 0
+        state.commit()
+        assert session.token_count == 2
+        state.append([3])
+        assert session.token_count == 2
+        state.rewind(1)
+        assert session.token_count == 2
+    assert session.token_count == 1
+    with pytest.raises(MemoryError), slots.borrow(session) as state:
+        state.append([4])
+        raise MemoryError
+    assert session.token_count == 1
+
+
+@pytest.mark.parametrize("name", ["token_count", "closed"])
+def test_properties_are_read_only(session: Session, name: str) -> None:
+    """Nobody reopens a session, or miscounts its tokens, by assignment."""
+    with pytest.raises(AttributeError):
+        setattr(session, name, 0)
+
+
+# How it ends
+
+
+def test_close(session: Session, slots: StateSlots[Cache], memory: Memory) -> None:
+    """Closing frees the state at once, through `release`, and says so."""
+    with slots.borrow(session) as state:
+        memory.step(state, 1, 2)
+    before = session.closed
+    session.close()
+    assert (before, session.closed) == (False, True)
+    assert session.token_count == 0
+    assert [cache.released for cache in memory.caches] == [1]
+
+
+def test_close_is_idempotent(session: Session, slots: StateSlots[Cache], memory: Memory) -> None:
+    """A second `close` does nothing, whoever comes with it."""
+    with slots.borrow(session) as state:
+        memory.step(state, 1)
+    session.close()
+    session.close()
+    assert [cache.released for cache in memory.caches] == [1]
+
+
+def test_close_without_state() -> None:
+    """A session that no engine has ever seen can be closed."""
+    session = Session()
+    session.close()
+    assert session.closed
+
+
+def test_context_manager(slots: StateSlots[Cache], memory: Memory) -> None:
+    """A session is closed at the end of its block, and the block gets the session itself."""
+    session = Session()
+    with session as entered:
+        assert entered is session
+        with slots.borrow(session) as state:
+            memory.step(state, 1)
+    assert session.closed
+    assert not memory.live()
+
+
+def test_context_manager_that_fails(slots: StateSlots[Cache], memory: Memory) -> None:
+    """A session is closed when its block fails, too, and the exception goes on."""
+    error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt) as caught, Session() as session:
+        with slots.borrow(session) as state:
+            memory.step(state, 1)
+        raise error
+    assert caught.value is error
+    assert session.closed
+    assert not memory.live()
+
+
+def test_close_in_mid_borrow(session: Session, slots: StateSlots[Cache], memory: Memory) -> None:
+    """Closing is how a server cancels: the borrow goes on in peace, and the state is freed when it ends."""
+    with slots.borrow(session) as state:
+        memory.step(state, 1, 2)
+        session.close()
+        assert session.closed
+        assert len(memory.live()) == 1
+        memory.step(state, 3)
+        assert list(state.token_history) == [1, 2, 3]
+        with pytest.raises(SessionClosedError), slots.borrow(session):
+            pytest.fail("borrowed a closed session")
+    assert not memory.live()
+    assert session.token_count == 0
+
+
+def test_close_in_a_borrow_that_fails(
+    session: Session, slots: StateSlots[Cache], memory: Memory
+) -> None:
+    """The state of a session closed in mid-borrow is freed when that is rolled back, too."""
+    with slots.borrow(session) as state:
+        memory.step(state, 1, 2)
+    with pytest.raises(MemoryError), slots.borrow(session) as state:
+        memory.step(state, 3)
+        session.close()
+        raise MemoryError
+    assert not memory.live()
+
+
+@pytest.mark.parametrize("error", [ConnectionError("gone"), KeyboardInterrupt()], ids=repr)
+def test_close_when_release_fails(
+    session: Session, slots: StateSlots[Cache], memory: Memory, error: BaseException
+) -> None:
+    """What `release` raises goes to the caller; the session is closed and empty all the same, and it's called once."""
+    with slots.borrow(session) as state:
+        memory.step(state, 1, 2)
+    memory.fail(Fault("release", error))
+    with pytest.raises(type(error)) as caught:
+        session.close()
+    assert caught.value is error
+    assert session.closed
+    assert session.token_count == 0
+    session.close()
+    assert [cache.released for cache in memory.caches] == [1]
+
+
+def test_close_in_mid_borrow_when_release_fails(
+    session: Session, slots: StateSlots[Cache], memory: Memory
+) -> None:
+    """What `release` raises goes to the borrower then, if nothing else does."""
+    error = ConnectionError()
+    with pytest.raises(ConnectionError) as caught, slots.borrow(session) as state:
+        memory.step(state, 1, 2)
+        session.close()
+        memory.fail(Fault("release", error))
+    assert caught.value is error
+    assert session.token_count == 0
+
+
+def test_close_in_a_borrow_that_fails_when_release_fails(
+    session: Session, slots: StateSlots[Cache], memory: Memory
+) -> None:
+    """What `release` raises doesn't hide what went wrong before: it becomes a note on it."""
+    with slots.borrow(session) as state:
+        memory.step(state, 1, 2)
+    error = MemoryError()
+    with pytest.raises(MemoryError) as caught, slots.borrow(session):
+        session.close()
+        memory.fail(Fault("release", ConnectionError()))
+        raise error
+    assert caught.value is error
+    (note,) = error.__notes__
+    assert "release" in note
+    assert "ConnectionError" in note
+    assert str(session.id) in note
+
+
+def test_release_may_close_the_session(session: Session) -> None:
+    """An engine whose `release` comes back to the session doesn't free it twice, nor wait for ever."""
+    released: list[list[int]] = []
+
+    def release(cache: list[int]) -> None:
+        released.append(cache)
+        session.close()
+
+    slots = StateSlots[list[int]](create=list, length=len, release=release)
+    with slots.borrow(session) as state:
+        cache = state.kv_cache
+    slots.evict(session)
+    assert session.closed
+    session.close()
+    assert released == [cache]
+
+
+@pytest.mark.parametrize("release", [True, False], ids=["release", "no release"])
+def test_drop_without_close(*, release: bool) -> None:
+    """A leak is reported where there's something to give back, and given back."""
+    released: list[list[int]] = []
+    slots = StateSlots[list[int]](
+        create=list, length=len, release=released.append if release else None
+    )
+    session = Session()
+    with slots.borrow(session) as state:
+        cache = state.kv_cache
+    text = repr(session)
+    if release:
+        with pytest.warns(ResourceWarning) as caught:
+            del session, state
+        assert [str(warning.message) for warning in caught] == [f"unclosed {text}"]
+        assert released == [cache]
+    else:
+        del session, state  # a warning would be an error
+        assert not released
+
+
+def test_drop_warns_where_it_happens(slots: StateSlots[Cache], memory: Memory) -> None:
+    """The warning points to the line that lost the session."""
+    session = Session()
+    with slots.borrow(session) as state:
+        memory.step(state, 1)
+    with pytest.warns(ResourceWarning, match="unclosed") as caught:
+        del session, state
+    assert caught[0].filename == __file__
+
+
+def test_drop_of_what_holds_no_cache(slots: StateSlots[Cache], memory: Memory) -> None:
+    """Nothing is reported where nothing is lost: new, closed and evicted sessions may be dropped."""
+    new, closed, evicted = Session(), Session(), Session()
+    with slots.borrow_all([closed, evicted]) as states:
+        for state in states:
+            memory.step(state, 1)
+    closed.close()
+    slots.evict(evicted)
+    states.clear()
+    del new, closed, evicted  # a warning would be an error
+    assert not memory.live()
+
+
+def test_drop_with_a_borrow_that_never_ended(slots: StateSlots[Cache], memory: Memory) -> None:
+    """Both the cache in use and the one that a rollback would go back to are released."""
+    session = Session()
+    with slots.borrow(session) as state:
+        memory.step(state, 1, 2)
+    borrow = slots.borrow(session)
+    state = borrow.__enter__()
+    state.kv_cache = memory.new([1, 2])
+    assert len(memory.live()) == 2
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        del session, borrow, state
+    assert not memory.live()
+
+
+def test_drop_when_a_warning_is_an_error(
+    slots: StateSlots[Cache], memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is released also where the warning is turned into an error."""
+    unraisable: list[type[BaseException]] = []
+
+    def hook(report: "sys.UnraisableHookArgs") -> None:
+        unraisable.append(report.exc_type)
+
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+    session = Session()
+    with slots.borrow(session) as state:
+        memory.step(state, 1)
+    del session, state
+    assert unraisable == [ResourceWarning]
+    assert not memory.live()
+
+
+def test_drop_of_a_session_closed_in_a_borrow_that_never_ended(
+    slots: StateSlots[Cache], memory: Memory
+) -> None:
+    """A closed session doesn't leak what an unfinished borrow left, and it isn't reported: it was closed."""
+    session = Session()
+    borrow = slots.borrow(session)
+    memory.step(borrow.__enter__(), 1)
+    session.close()
+    assert memory.live()
+    del session, borrow
+    assert not memory.live()
+
+
+def test_no_reference_cycles(slots: StateSlots[Cache], memory: Memory) -> None:
+    """Gigabytes of KV cache are freed when the last reference goes, not when the garbage is collected."""
+    gc.disable()
+    try:
+        session = Session()
+        with slots.borrow(session) as state:
+            memory.step(state, 1, 2)
+            state.commit()
+            history = state.token_history
+            assert list(history) == [1, 2]
+        with slots.borrow_all([session]) as states:
+            memory.step(states[0], 3)
+        reference = weakref.ref(session)
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            del session, state, states, history
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+# Never a copy
+
+
+class Holder:
+    """Something that has a session."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+
+@pytest.fixture(params=["new", "used", "borrowed", "closed"])
+def any_session(
+    request: pytest.FixtureRequest, session: Session, slots: StateSlots[Cache], memory: Memory
+) -> Iterator[Session]:
+    """Give a session in every state."""
+    if request.param != "new":
+        with slots.borrow(session) as state:
+            memory.step(state, 1, 2, 3)
+    if request.param == "closed":
+        session.close()
+    if request.param == "borrowed":
+        with slots.borrow(session):
+            yield session
+    else:
+        yield session
+
+
+NEVER_A_COPY = r"'Session' can't be copied .*: send session\.id instead, or feed the same tokens"
+
+
+WRAPPERS: dict[str, Callable[[Session], object]] = {
+    "itself": lambda it: it,
+    "list": lambda it: [it],
+    "dict": lambda it: {"a": (it,)},
+    "object": Holder,
+}
+
+
+def pickled(protocol: int) -> Callable[[object], object]:
+    """Return what pickles by a protocol."""
+    return lambda it: pickle.dumps(it, protocol)
+
+
+COPIES: dict[str, Callable[[object], object]] = {
+    "deepcopy": copy.deepcopy,
+    **{f"pickle {each}": pickled(each) for each in range(pickle.HIGHEST_PROTOCOL + 1)},
+    "cloudpickle": cast("Callable[[object], object]", cloudpickle.dumps),  # pyright: ignore[reportUnknownMemberType]
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+@pytest.mark.parametrize("copying", COPIES.values(), ids=COPIES.keys())
+def test_deep_copies(
+    any_session: Session, copying: Callable[[object], object], wrap: Callable[[Session], object]
+) -> None:
+    """No copy of a session comes to be, nor of what holds one: two owners of one cache would corrupt it."""
+    before = repr(any_session)
+    with pytest.raises(TypeError, match=NEVER_A_COPY):
+        copying(wrap(any_session))
+    assert repr(any_session) == before
+
+
+def test_shallow_copy(any_session: Session) -> None:
+    """An alias of a session would be a second owner of its cache."""
+    with pytest.raises(TypeError, match=NEVER_A_COPY):
+        copy.copy(any_session)
+
+
+def test_shallow_copy_of_a_container(session: Session) -> None:
+    """A copied list holds the very same session, as Python has it: nothing else is stopped."""
+    assert copy.copy([session])[0] is session
+
+
+@pytest.mark.parametrize("changes", [{}, {"id": SOME_ID}, {"_id": SOME_ID}], ids=repr)
+def test_evolve(any_session: Session, changes: dict[str, Any]) -> None:
+    """`attrs.evolve` makes no copy."""
+    with pytest.raises(TypeError, match="can't be copied"):
+        attrs.evolve(any_session, **changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"id": SOME_ID}], ids=repr)
+def test_replace(any_session: Session, changes: dict[str, Any]) -> None:
+    """`copy.replace` makes no copy, nor does what it calls on older Pythons."""
+    replace: Callable[..., object] = getattr(copy, "replace", Session.__replace__)
+    with pytest.raises(TypeError, match=NEVER_A_COPY):
+        replace(any_session, **changes)
+
+
+def test_multiprocessing(any_session: Session) -> None:
+    """No session goes to another process."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with receiver, sender, pytest.raises(TypeError, match=NEVER_A_COPY):
+        sender.send(any_session)
+
+
+def test_a_queue_of_this_process(session: Session) -> None:
+    """Within the process a session may be handed over: it's the same one."""
+    handed: queue.SimpleQueue[Session] = queue.SimpleQueue()
+    handed.put(session)
+    assert handed.get() is session
+
+
+def test_subclass() -> None:
+    """No subclass can change what engines rely on."""
+    with pytest.raises(TypeError, match="'Session' can't be subclassed"):
+
+        class Subclass(Session):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues, reportUnusedClass]
+            """Not to be."""
+
+
+def test_subclass_made_at_run_time() -> None:
+    """No subclass comes to be where no type checker looks, either."""
+    with pytest.raises(TypeError, match="let your class have a session"):
+        type("Subclass", (Session,), {})
+    with pytest.raises(TypeError, match="let your class have a session"):
+        attrs.make_class("Subclass", [], bases=(Session,))
+
+
+USES: dict[str, Callable[[Session, StateSlots[Cache]], object]] = {
+    "id": lambda it, slots: it.id,
+    "token_count": lambda it, slots: it.token_count,
+    "closed": lambda it, slots: it.closed,
+    "close": lambda it, slots: it.close(),
+    "repr": lambda it, slots: repr(it),
+    "borrow": lambda it, slots: slots.borrow(it).__enter__(),
+    "borrow_all": lambda it, slots: slots.borrow_all([it]).__enter__(),
+    "evict": lambda it, slots: slots.evict(it),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_half_built(
+    use: Callable[[Session, StateSlots[Cache]], object], slots: StateSlots[Cache]
+) -> None:
+    """A session that was made without `__init__` can't be used, and can be dropped."""
+    session = Session.__new__(Session)
+    with pytest.raises(AttributeError):
+        use(session, slots)
+    del session
+
+
+def test_half_built_is_never_a_copy() -> None:
+    """Not even a session that was made without `__init__` is copied."""
+    with pytest.raises(TypeError, match="can't be copied"):
+        copy.copy(Session.__new__(Session))

@@ -1,0 +1,976 @@
+"""Any sequence of calls, on several sessions of two engines, keeps all promises, whatever fails meanwhile.
+
+A plain model of the promises is driven beside the real thing, and both are compared after every call. The KV caches
+hold the tokens that they were fed, so that they can be compared with the history, too.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from asyncio import CancelledError
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from random import Random
+from typing import Any, Final, Literal, TypeAlias, cast
+from uuid import UUID
+
+from attrs import define, field, frozen
+from hypothesis import Phase, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,  # pyright: ignore[reportUnknownVariableType]
+)
+from tests.caches import Cache, Fault, FunctionName, Lie, Memory
+
+from inference_session import Session
+from inference_session.engine import BorrowedState, StateSlots
+from inference_session.exceptions import (
+    SessionBusyError,
+    SessionClosedError,
+    SessionError,
+    SessionOwnerError,
+    StateMismatchError,
+)
+
+
+# What a test does
+
+
+class FailureError(Exception):
+    """What goes wrong in an engine."""
+
+
+EXAMPLES: Final = 400
+
+ErrorClass: TypeAlias = type[BaseException]
+ERRORS: Final[Sequence[ErrorClass]] = (
+    FailureError,
+    MemoryError,
+    KeyboardInterrupt,
+    GeneratorExit,
+    CancelledError,
+)
+
+
+@frozen
+class Append:
+    """Add tokens."""
+
+    tokens: list[int]
+
+
+@frozen
+class Turn:
+    """Add tokens, and feed all that are pending."""
+
+    tokens: list[int]
+
+
+@frozen
+class Step:
+    """Feed pending tokens."""
+
+    count: int
+    misreport: Literal[-2, 0, 2]
+    crash: ErrorClass | None
+
+
+@frozen
+class Rewind:
+    """Forget the last tokens, or more than there are."""
+
+    drop: int
+    pending: int
+
+
+@frozen
+class Reuse:
+    """Begin with a part of the history, and go on otherwise."""
+
+    keep: int
+    tokens: list[int]
+
+
+@frozen
+class Do:
+    """Do something that has no choice."""
+
+    what: Literal["look at cache", "replace cache", "put cache back", "keep cache", "commit"]
+
+
+@frozen
+class Raise:
+    """Fail."""
+
+    error: ErrorClass
+
+
+@frozen
+class Break:
+    """Let a function fail soon."""
+
+    function: FunctionName
+    error: ErrorClass | Lie
+    after_work: bool
+    skip: int
+
+
+@frozen
+class Close:
+    """Close a session, also in mid-borrow."""
+
+    session: int
+
+
+@frozen
+class Evict:
+    """Free a session's KV cache."""
+
+    session: int
+    engine: int
+
+
+Simple: TypeAlias = Append | Turn | Step | Rewind | Reuse | Do | Raise | Break | Close | Evict
+Style: TypeAlias = Literal["with", "stack", "by hand", "abandoned"]
+
+
+@frozen
+class Block:
+    """Borrow some sessions, and do things to them."""
+
+    sessions: list[int]
+    engine: int
+    style: Style
+    does: list[Act]
+
+
+@frozen
+class Act:
+    """Do something to one of the borrowed sessions."""
+
+    session: int
+    what: Simple | Block
+    caught: bool
+    """Whether the block goes on if it fails."""
+
+
+def tokens(choice: Random) -> list[int]:
+    """Choose some tokens."""
+    return choice.choices(range(3), k=choice.choice((1, 2, 3, 4, 0)))
+
+
+def turn(choice: Random) -> Turn:
+    """Choose what to add."""
+    return Turn(tokens(choice) or [1])
+
+
+def append(choice: Random) -> Append:
+    """Choose what to add."""
+    return Append(tokens(choice))
+
+
+def step(choice: Random) -> Step:
+    """Choose how much to feed, and what to say."""
+    count = choice.choice((99, 1, 2, 3, 0))
+    crash = choice.choice((None, None, None, None, None, *ERRORS))
+    misreport: Literal[-2, 0, 2] = choice.choice((0, 0, 0, 0, 0, 0, -2, 2))
+    return Step(count, misreport, crash)
+
+
+def rewind(choice: Random) -> Rewind:
+    """Choose how much to forget."""
+    drop = choice.choice((0, 1, 1, 2, 2, 3, 3, 5, 5, 99, -1))
+    return Rewind(drop, pending=choice.choice((0, 0, 0, 1, 1, 1, 2, 2, 99, -1)))
+
+
+def reuse(choice: Random) -> Reuse:
+    """Choose how much to keep, and how to go on."""
+    return Reuse(choice.choice((99, 1, 2, 3, 4, 6, 8, 0)), tokens(choice))
+
+
+def do(choice: Random) -> Do:
+    """Choose what to do."""
+    what: Literal["look at cache", "replace cache", "put cache back", "keep cache", "commit"]
+    what = choice.choice(
+        ("commit", "replace cache", "put cache back", "look at cache", "keep cache")
+    )
+    return Do(what)
+
+
+def fail(choice: Random) -> Raise:
+    """Choose how to fail."""
+    return Raise(choice.choice(ERRORS))
+
+
+def break_(choice: Random) -> Break:
+    """Choose which function is to fail, and how."""
+    function: FunctionName = choice.choice(("release", "truncate", "length", "create"))
+    lies: Sequence[Lie] = ("too long", "too short", "untouched", "untouched copy")
+    error = choice.choice(ERRORS) if function == "release" else choice.choice((*ERRORS, *lies))
+    return Break(function, error, choice.choice((False, True)), choice.choice((0, 1, 0, 2)))
+
+
+def close(choice: Random) -> Close:
+    """Choose what to close."""
+    return Close(choice.choice(range(3)))
+
+
+def evict(choice: Random) -> Evict:
+    """Choose what to evict."""
+    return Evict(choice.choice(range(3)), choice.choice(range(2)))
+
+
+KINDS: Final[Sequence[Callable[[Random], Simple] | None]] = (
+    *(turn,) * 5,
+    *(append,) * 2,
+    *(step,) * 3,
+    *(rewind,) * 4,
+    *(reuse,) * 3,
+    *(do,) * 6,
+    *(fail,) * 2,
+    *(break_,) * 4,
+    close,
+    evict,
+    None,  # a block within the block
+)
+
+
+def choose_block(choice: Random, length: int) -> Block:
+    """Choose what to borrow, and what to do to it."""
+    sessions = choice.choice(([0], [0], [1], [2], [0, 1], [1, 2, 0], [2, 0], [0, 1, 0]))
+    engine = choice.choice((0, 0, 0, 0, 0, 1))
+    style: Style = choice.choice(("with", "with", "with", "stack", "by hand", "abandoned"))
+    does: list[Act] = []
+    for _ in range(length):
+        kind = choice.choice(KINDS)
+        what = choose_block(choice, length // 4) if kind is None else kind(choice)
+        does.append(Act(choice.randrange(3), what, caught=choice.random() < 0.8))
+    return Block(sessions, engine, style, does)
+
+
+# A few large draws: they are far faster than many small ones.
+CHOICES: Final = st.integers(0, 2**24 - 1).map(Random)
+BLOCKS: Final = st.builds(choose_block, CHOICES, st.integers(0, 16))
+
+
+# What must come of it
+
+
+@define(eq=False)
+class Engine:
+    """One engine: its memory, and its access to sessions."""
+
+    memory: Memory
+    slots: StateSlots[Cache] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.slots = self.memory.slots()
+
+
+@define(eq=False)
+class Talk:
+    """The model of a session."""
+
+    session: Session = field(factory=Session)
+    engine: Engine | None = None
+    """Whose it is; None is nobody."""
+    closed: bool = False
+
+    saved: list[int] = field(factory=list[int])
+    """The tokens at the savepoint."""
+    kept: int | None = None
+    """How many of them the savepoint's cache still covers; None if it's gone."""
+    sure: bool = True
+    """Whether it's known what becomes of the cache: nothing failed in dealing with it since the savepoint."""
+
+    # While it's borrowed:
+    state: BorrowedState[Cache] | None = None
+    borrower: Engine | None = None
+    history: list[int] = field(factory=list[int])
+    kv_length: int = 0
+    cache: Cache | None = None
+    original: Cache | None = None
+    """The savepoint's cache, if another is in its place."""
+
+    @property
+    def borrowed(self) -> BorrowedState[Cache]:
+        """Return the state."""
+        assert self.state is not None
+        return self.state
+
+    @property
+    def covered(self) -> int:
+        """How many tokens the cache really covers."""
+        return 0 if self.cache is None else len(self.cache.tokens)
+
+    def restored(self, engine: Engine) -> int | None:
+        """Return how much is cached after a rollback; None if there is no cache."""
+        cache = self.cache if self.original is None else self.original
+        if cache is None or self.kept is None or cache.donated:
+            return None
+        if not engine.memory.truncates and len(cache.tokens) != self.kept:
+            return None
+        return self.kept
+
+    def save(self) -> None:
+        """Take over what was done."""
+        self.saved = list(self.history)
+        self.kept = None if self.cache is None else self.kv_length
+        self.sure, self.original = True, None
+
+    def undo(self, engine: Engine, *, abandoned: bool) -> None:
+        """Take back what was done."""
+        if self.sure:
+            kept, self.kept = self.kept, self.restored(engine)
+            # What is lost with an abandoned block is known to all only when the next one begins.
+            self.sure = not abandoned or kept == self.kept
+        self.history, self.cache, self.original = [], None, None
+
+    def cut(self, engine: Engine, length: int) -> None:
+        """Let the cache cover less."""
+        if self.kv_length <= length:
+            return
+        if engine.memory.truncates:
+            self.kv_length = length
+            if self.kept is not None and self.original is None:
+                self.kept = min(self.kept, length)
+            assert self.cache is not None
+            self.cache = self.cache.latest()
+        else:
+            self.kv_length, self.cache = 0, None
+            if self.original is None:
+                self.kept = None
+
+    def put(self, cache: Cache) -> None:
+        """Put another cache in the place of the present one."""
+        if cache is self.original:
+            self.original = None
+        elif self.cache is not None and self.kept is not None and self.original is None:
+            self.original = self.cache
+        self.cache = cache
+
+
+def strip(error: BaseException | None) -> None:
+    """Take the tracebacks off an error, as they would keep alive what the test lets go of."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
+
+
+class Sessions(RuleBasedStateMachine):
+    """Three sessions and two engines."""
+
+    @initialize(
+        memories=st.lists(
+            st.builds(
+                Memory,
+                functional=st.booleans(),
+                donating=st.booleans(),
+                truncates=st.sampled_from([True, True, False]),
+            ),
+            min_size=2,
+            max_size=2,
+        )
+    )
+    def begin(self, memories: list[Memory]) -> None:
+        """Begin with nothing."""
+        self.engines = [Engine(memory) for memory in memories]
+        self.talks = [Talk() for _ in range(3)]
+        self.open: list[AbstractContextManager[object]] = []
+        self.failed = False
+
+    # Calls
+
+    @rule(block=BLOCKS, renew=st.booleans())
+    def borrow(self, block: Block, *, renew: bool) -> None:
+        """Borrow sessions, and go on with new ones where some were closed, or not."""
+        note(str(block))
+        self.failed = True
+        self.run(block)
+        self.failed = False
+        self.repair()
+        if renew:
+            self.talks = [Talk() if talk.closed else talk for talk in self.talks]
+
+    @rule(choice=CHOICES)
+    def call(self, choice: Random) -> None:
+        """Close, evict or drop a session that isn't borrowed, whether its cache can be released or not."""
+        what, fails = choice.choice((close, evict, None)), choice.choice((False, True))
+        note(f"{what} {fails}")
+        if what is None:
+            self.drop(choice.randrange(3))
+            return
+        if fails:
+            for engine in self.engines:
+                engine.memory.fail(Fault("release", choice.choice(ERRORS)()))
+        act = what(choice)
+        self.do_close(act) if isinstance(act, Close) else self.do_evict(act)
+        self.repair()
+
+    def drop(self, number: int) -> None:
+        """Drop a session, and go on with a new one: its cache is released, and there's a warning."""
+        talk, self.talks[number] = self.talks[number], Talk()
+        leaked = not talk.closed and bool(self.live(talk))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del talk.session
+        warned = [ResourceWarning] * leaked
+        unfinished = not talk.sure or talk.engine is None
+        assert [warning.category for warning in caught] == warned or unfinished
+        assert not self.live(talk)
+
+    def look(self) -> None:
+        """Look at all sessions, and change nothing."""
+        for number, talk in enumerate(self.talks):
+            for engine in range(2):
+                if talk.engine in {None, self.engines[engine]}:
+                    self.run(Block([number], engine, "with", []))
+
+    # What always holds
+
+    @invariant()
+    def nothing_is_borrowed(self) -> None:
+        """No session is left borrowed."""
+        for talk in self.talks:
+            state = "closed" if talk.closed else "idle"
+            count = len(talk.saved)
+            assert repr(talk.session) == f"<Session {talk.session.id} {state}, {count} tokens>"
+            assert talk.session.closed == talk.closed
+            assert talk.session.token_count == count
+            if talk.closed:
+                assert not self.live(talk)
+
+    @invariant()
+    def caches_are_released_once(self) -> None:
+        """No cache is released twice, or used after its release."""
+        for engine in self.engines:
+            assert not engine.memory.misuse
+            assert not engine.memory.faults
+            for cache in engine.memory.caches:
+                assert cache.released <= (cache.successor is None)
+
+    def teardown(self) -> None:
+        """Close everything: exactly what was created was released."""
+        if self.failed:
+            return
+        self.look()
+        for number in range(3):
+            assert self.do_close(Close(number)) is None
+        for engine in self.engines:
+            engine.memory.check_all_released()
+
+    # How to do it, and to compare
+
+    def live(self, talk: Talk) -> list[Cache]:
+        """Return the caches of a session."""
+        return [cache for engine in self.engines for cache in engine.memory.live(talk)]
+
+    def repair(self) -> None:
+        """Let nothing fail any more."""
+        for engine in self.engines:
+            engine.memory.faults.clear()
+            engine.memory.raised.clear()
+            engine.memory.lies = 0
+
+    def strip_all(self) -> None:
+        """Take the tracebacks off all errors that were raised."""
+        for engine in self.engines:
+            for error in engine.memory.raised:
+                strip(error)
+
+    @property
+    def disturbances(self) -> int:
+        """How often something failed."""
+        return sum(engine.memory.disturbances for engine in self.engines)
+
+    def was_injected(self, error: BaseException | None) -> bool:
+        """Whether this very error was raised by a function of an engine."""
+        return any(error is raised for engine in self.engines for raised in engine.memory.raised)
+
+    def refusals(self, engine: Engine, talks: list[Talk]) -> set[type[SessionError] | None]:
+        """Return the errors that borrowing may end in; None is that it may succeed."""
+        if len(set(talks)) < len(talks):
+            return {SessionBusyError}
+        unknown = False
+        for talk in talks:
+            may_be_empty = not talk.saved and not talk.sure
+            if talk.closed:
+                refusals: set[type[SessionError] | None] = {SessionClosedError}
+            elif talk.borrower is not None:
+                is_empty = not talk.saved and (talk.kept is None or not talk.sure)
+                refusals = {SessionBusyError if talk.borrower is engine else SessionOwnerError}
+                if is_empty:
+                    refusals.add(SessionBusyError)
+            elif talk.engine in {None, engine}:
+                continue
+            elif may_be_empty:
+                unknown = True
+                continue
+            else:
+                refusals = {SessionOwnerError}
+            return refusals | {SessionOwnerError} if unknown else refusals
+        return {None, SessionOwnerError} if unknown else {None}
+
+    def run(self, block: Block) -> BaseException | None:
+        """Do a block, and return what it raised."""
+        engine = self.engines[block.engine]
+        talks = [self.talks[number] for number in block.sessions]
+        refusals = self.refusals(engine, talks)
+        busy = [talk for talk in talks if talk.borrower is not None]
+        depth = len(self.open)
+        before = self.disturbances
+        body = Body(self, engine, talks, block)
+        raised = self.drive(block.style, body)
+        del self.open[depth:]
+        if isinstance(raised, AssertionError):
+            raise raised
+        strip(raised)
+        if not body.entered:
+            disturbed = self.disturbances > before
+            if type(raised) in refusals:
+                assert getattr(raised, "session_id") in {talk.session.id for talk in talks}  # noqa: B009 each has it
+            else:
+                assert disturbed
+                assert self.was_injected(raised)
+            for talk in talks:
+                # A borrow that never ended may have been undone first, as well as that was possible.
+                talk.sure = talk.sure and (not disturbed or talk in busy)
+            return raised
+        assert None in refusals
+        self.compare_end(body, raised)
+        self.let_go(body)
+        return raised
+
+    def drive(self, style: Style, body: Body) -> BaseException | None:
+        """Borrow in one of the ways that there are. No frame keeps what was borrowed."""
+        slots = body.engine.slots
+        sessions = [talk.session for talk in body.talks]
+        try:
+            if len(sessions) == 1:
+                self.open.append(slots.borrow(sessions[0]))
+            else:
+                self.open.append(slots.borrow_all(sessions))
+            depth = len(self.open) - 1
+            match style:
+                case "with":
+                    with self.open[depth] as body.got:
+                        body.run()
+                case "stack":
+                    with ExitStack() as stack:
+                        body.got = stack.enter_context(self.open[depth])
+                        body.run()
+                case _:
+                    body.got = self.open[depth].__enter__()
+                    try:
+                        body.run()
+                    except BaseException as error:
+                        if style == "by hand":
+                            self.open[depth].__exit__(type(error), error, error.__traceback__)
+                        raise
+                    if style == "by hand":
+                        self.open[depth].__exit__(None, None, None)
+        except BaseException as error:  # noqa: BLE001 that's the point
+            return error
+        finally:
+            self.strip_all()
+        return None
+
+    def compare_end(  # noqa: C901 as many ways to end
+        self, body: Body, raised: BaseException | None
+    ) -> None:
+        """Compare what became of sessions when their block ended."""
+        engine, talks, left = body.engine, body.talks, body.left
+        disturbed = self.disturbances > body.disturbances
+        open_talks = [talk for talk in talks if not talk.closed]
+        abandoned = body.block.style == "abandoned"
+        if abandoned:
+            assert raised is left
+            assert not disturbed
+            committed = False
+        elif left is not None:
+            if raised is not left:  # an interrupt struck on the way out
+                assert self.was_injected(raised)
+                assert not isinstance(raised, Exception)
+            committed = False
+        elif raised is None:
+            assert not body.mismatches or disturbed
+            committed = True
+        elif disturbed:
+            assert self.was_injected(raised) or isinstance(raised, StateMismatchError)
+            committed = False
+            if len(open_talks) < len(talks):  # perhaps only that of closing, in the end
+                committed = self.was_committed(engine, open_talks)
+        else:
+            assert isinstance(raised, StateMismatchError)
+            mismatch = (raised.session_id, raised.expected, raised.actual)
+            assert mismatch == body.mismatches[0]
+            committed = False
+        for talk in talks:
+            if committed:
+                talk.save()
+            if disturbed:
+                talk.sure = False
+            if not committed:
+                talk.undo(engine, abandoned=abandoned)
+
+    def was_committed(self, engine: Engine, talks: list[Talk]) -> bool:
+        """Look whether sessions were committed or taken back: all or none."""
+        self.hold_faults()
+        found: list[list[int]] = []
+        for talk in talks:
+            try:
+                with engine.slots.borrow(talk.session) as state:
+                    found.append(list(state.token_history))
+            except StateMismatchError:  # a lie went through
+                assert self.disturbances
+        if found == [talk.history for talk in talks]:
+            return found != [talk.saved for talk in talks]
+        assert found == [talk.saved for talk in talks]
+        return False
+
+    def hold_faults(self) -> None:
+        """Let nothing more fail."""
+        for engine in self.engines:
+            engine.memory.faults.clear()
+
+    def let_go(self, body: Body) -> None:
+        """Compare what sessions hold after their block."""
+        abandoned = body.block.style == "abandoned"
+        disturbed = self.disturbances > body.disturbances
+        for talk in body.talks:
+            talk.state = talk.borrower = None
+            if talk.closed:
+                if abandoned or disturbed:  # what was interrupted is finished by the next call
+                    self.hold_faults()
+                    talk.session.close()
+                talk.saved, talk.kept, talk.sure, talk.engine = [], None, True, None
+                assert not self.live(talk)
+                continue
+            if talk.sure and not abandoned:
+                assert len(self.live(talk)) == (talk.kept is not None)
+            else:
+                assert len(self.live(talk)) <= 2
+            is_empty = talk.sure and not talk.saved and talk.kept is None
+            talk.engine = None if is_empty else body.engine
+
+    def do_close(self, act: Close) -> BaseException | None:
+        """Close a session, and return what that raised."""
+        talk = self.talks[act.session]
+        before = self.disturbances
+        error = self.attempt(talk.session.close)
+        talk.closed = True
+        if self.disturbances > before:
+            assert self.was_injected(error)
+        else:
+            assert error is None
+        if talk.borrower is None:
+            talk.saved, talk.kept, talk.sure, talk.engine = [], None, True, None
+            assert not self.live(talk)
+        assert talk.session.closed
+        return error
+
+    def do_evict(self, act: Evict) -> BaseException | None:
+        """Evict a session, and return what that raised."""
+        talk, engine = self.talks[act.session], self.engines[act.engine]
+        refusals = self.refusals(engine, [talk])
+        before = self.disturbances
+        error = self.attempt(lambda: engine.slots.evict(talk.session))
+        if self.disturbances > before:
+            assert error is None or self.was_injected(error) or type(error) in refusals
+            talk.sure = False
+        elif error is not None:
+            assert type(error) in refusals
+        else:
+            assert None in refusals
+            talk.kept, talk.sure = None, True
+            assert not self.live(talk)
+            if not talk.saved:
+                talk.engine = None
+        return error
+
+    def attempt(self, call: Callable[[], object]) -> BaseException | None:
+        """Call something, and return what it raised, without what it was raised from."""
+        try:
+            call()
+        except AssertionError:
+            raise
+        except BaseException as error:  # noqa: BLE001 that's the point
+            strip(error)
+            return error
+        finally:
+            self.strip_all()
+        return None
+
+
+@define(eq=False)
+class Body:
+    """The inside of a block."""
+
+    machine: Sessions
+    engine: Engine
+    talks: list[Talk]
+    block: Block
+    got: Any = None
+    entered: bool = False
+    left: BaseException | None = None
+    """What left the block."""
+    disturbances: int = 0
+    """How often something had failed when the block ended."""
+    mismatches: list[tuple[UUID, int, int]] = field(factory=list[tuple[UUID, int, int]])
+    """Whose cache didn't cover what it should when the block ended."""
+
+    def run(self) -> None:
+        """Do what is to be done."""
+        got, self.got = self.got, None
+        states = cast("list[BorrowedState[Cache]]", got if isinstance(got, list) else [got])
+        self.entered = True
+        assert len(states) == len(self.talks)
+        for talk in self.talks:
+            self.enter(talk, states.pop(0))
+        del got, states
+        try:
+            for act in self.block.does:
+                talk = self.talks[act.session % len(self.talks)]
+                error = self.act(talk, act)
+                self.compare(talk)
+                if error is not None and not act.caught:
+                    self.left = error
+                    raise error
+        finally:
+            self.disturbances = self.machine.disturbances
+            self.mismatches = [
+                (talk.session.id, talk.kv_length, talk.covered)
+                for talk in self.talks
+                if talk.covered != talk.kv_length
+            ]
+
+    def enter(self, talk: Talk, state: BorrowedState[Cache]) -> None:
+        """Compare what is borrowed with what was left."""
+        assert isinstance(state, BorrowedState)
+        talk.state, talk.borrower = state, self.engine
+        talk.history, talk.kv_length = list(talk.saved), state.kv_length
+        assert talk.kv_length in ({talk.kept or 0} if talk.sure else {talk.kept or 0, 0})
+        live = self.machine.live(talk)
+        assert len(live) <= 1
+        talk.cache = live[0] if live else None
+        talk.kept = talk.kv_length if live else None
+        talk.original = None
+        talk.sure = True
+        self.compare(talk)
+
+    def compare(self, talk: Talk) -> None:
+        """Compare all that can be seen of a state with the model."""
+        state = talk.borrowed
+        assert list(state.token_history) == talk.history
+        assert state.kv_length == talk.kv_length
+        assert state.pending == talk.history[talk.kv_length :]
+        assert talk.session.token_count == len(talk.saved)
+        if talk.cache is not None:
+            assert state.kv_cache is talk.cache
+            assert talk.cache.tokens[: talk.kv_length] == talk.history[: talk.kv_length]
+        if talk.sure:
+            expected = [cache for cache in (talk.cache, talk.original) if cache is not None]
+            assert set(self.machine.live(talk)) == set(expected)
+
+    def attempt(
+        self,
+        talk: Talk,
+        call: Callable[[], object],
+        refused: ErrorClass | None = None,
+        *,
+        cache: Cache | None = None,
+    ) -> tuple[BaseException | None, bool]:
+        """Call a member, and return what it raised, and whether it did what it should."""
+        before = self.machine.disturbances
+        self.engine.memory.owner = talk
+        error = self.machine.attempt(call)
+        if self.machine.disturbances == before:
+            assert type(error) is (type(None) if refused is None else refused), error
+            return error, error is None
+        talk.sure = False
+        if error is None:
+            return None, True
+        assert self.machine.was_injected(error) or isinstance(error, StateMismatchError)
+        kv_length = talk.borrowed.kv_length
+        assert kv_length in {talk.kv_length, 0}
+        talk.kv_length = kv_length
+        cache = talk.cache if cache is None else cache
+        talk.cache = cache.latest() if cache is not None and cache.latest().is_live else None
+        return error, False
+
+    def act(  # noqa: C901, PLR0911 a case for each act
+        self, talk: Talk, act: Act
+    ) -> BaseException | None:
+        """Do one thing, and return the error it ended in."""
+        machine = self.machine
+        match act.what:
+            case Raise(error=error_class):
+                return error_class()
+            case Break():
+                self.break_function(act.what)
+                return None
+            case Close():
+                return machine.do_close(act.what)
+            case Evict():
+                return machine.do_evict(act.what)
+            case Block():
+                return machine.run(act.what)
+            case Append(tokens=tokens):
+                error, _ = self.attempt(talk, lambda: talk.borrowed.append(tokens))
+                talk.history += tokens
+                return error
+            case Do(what=what):
+                return self.do(talk, what)
+            case _ if talk.covered != talk.kv_length:
+                return None  # no engine can go on with a cache that isn't what it thinks
+            case Step():
+                return self.step(talk, act.what)
+            case Turn(tokens=tokens):
+                error, _ = self.attempt(talk, lambda: talk.borrowed.append(tokens))
+                talk.history += tokens
+                return error or self.step(talk, Step(99, 0, None))
+            case Rewind(drop=drop, pending=pending):
+                return self.rewind(talk, max(len(talk.history) - drop, 0), pending)
+            case Reuse(keep=keep, tokens=tokens):
+                return self.reuse(talk, talk.history[:keep] + tokens)
+
+    def break_function(self, act: Break) -> None:
+        """Let a function fail soon. One lie at a time: two could agree."""
+        memory = self.engine.memory
+        if isinstance(act.error, str):
+            if not memory.lies and not any(isinstance(f.what, str) for _, f in memory.faults):
+                memory.fail(Fault(act.function, act.error), skip=act.skip)
+        else:
+            memory.fail(Fault(act.function, act.error(), act.after_work), skip=act.skip)
+
+    def do(self, talk: Talk, what: str) -> BaseException | None:  # noqa: PLR0911 as above
+        """Do what has no choice."""
+        match what:
+            case "look at cache":
+                return self.open(talk)
+            case "replace cache":
+                self.engine.memory.owner = talk
+                new = self.engine.memory.new(talk.history[: talk.kv_length])
+                return self.put(talk, new)
+            case "put cache back":
+                old = talk.original
+                if old is None or old.donated or not old.is_live:
+                    return None
+                if old.tokens != talk.history[: talk.kv_length]:
+                    return None
+                return self.put(talk, old)
+            case "keep cache":
+                return None if talk.cache is None else self.put(talk, talk.cache)
+            case _:
+                mismatched = talk.covered != talk.kv_length
+                refused = StateMismatchError if mismatched else None
+                error, done = self.attempt(talk, talk.borrowed.commit, refused)
+                if done:
+                    talk.save()
+                return error
+
+    def open(self, talk: Talk) -> BaseException | None:
+        """Get the cache, a new one if there is none."""
+        error, done = self.attempt(talk, lambda: talk.borrowed.kv_cache)
+        if done and talk.cache is None:
+            (talk.cache,) = (
+                cache for cache in self.machine.live(talk) if cache is not talk.original
+            )
+            assert not talk.cache.tokens
+        return error
+
+    def put(self, talk: Talk, cache: Cache) -> BaseException | None:
+        """Set the cache."""
+        if cache is talk.cache:
+            error, _ = self.attempt(talk, lambda: setattr(talk.borrowed, "kv_cache", cache))
+            return error
+        original = talk.original
+        error, done = self.attempt(
+            talk, lambda: setattr(talk.borrowed, "kv_cache", cache), cache=cache
+        )
+        if done:
+            talk.put(cache)
+        elif cache is original:
+            talk.original = None
+        return error
+
+    def step(self, talk: Talk, act: Step) -> BaseException | None:
+        """Feed some of the pending tokens."""
+        tokens = talk.history[talk.kv_length :][: act.count]
+        error = self.open(talk)
+        if error is not None:
+            return error
+        assert talk.cache is not None
+        if not self.engine.memory.functional:
+            talk.cache.tokens += tokens
+        else:
+            old = talk.cache
+            new = self.engine.memory.new([*old.tokens, *tokens], talk)
+            error = self.put(talk, new)
+            old.donated = self.engine.memory.donating and old.is_live
+            if error is not None:
+                return error
+        if act.crash is not None:
+            return act.crash()
+        count = len(tokens) + act.misreport
+        refused: ErrorClass | None = None
+        if not 0 <= count <= len(talk.history) - talk.kv_length:
+            refused = ValueError
+        elif act.misreport:
+            refused = StateMismatchError
+        error, done = self.attempt(talk, lambda: talk.borrowed.advance(count), refused)
+        if done:
+            talk.kv_length += count
+        return error
+
+    def rewind(self, talk: Talk, length: int, pending: int) -> BaseException | None:
+        """Forget the last tokens."""
+        refused = None
+        if not 0 <= length <= len(talk.history) or pending < 0:
+            refused = ValueError
+        error, done = self.attempt(
+            talk, lambda: talk.borrowed.rewind(length, pending=pending), refused
+        )
+        if done:
+            talk.cut(self.engine, max(length - pending, 0))
+            del talk.history[length:]
+        return error
+
+    def reuse(self, talk: Talk, tokens: list[int]) -> BaseException | None:
+        """Go on from what both histories begin with."""
+        common = 0
+        for left, right in zip(talk.history, tokens, strict=False):
+            if left != right:
+                break
+            common += 1
+        reused: list[int] = []
+        error, done = self.attempt(talk, lambda: reused.append(talk.borrowed.reuse_prefix(tokens)))
+        if done:
+            talk.cut(self.engine, max(min(common, len(tokens) - 1), 0))
+            talk.history = list(tokens)
+            assert reused == [talk.kv_length]
+        return error
+
+
+def test_any_sequence_of_calls_keeps_all_promises() -> None:
+    """Exclusive, atomic, freed once: for every sequence of calls, and wherever something fails."""
+    gc.freeze()  # which makes collecting garbage fast
+    try:
+        run_state_machine_as_test(
+            Sessions,
+            settings=settings(
+                max_examples=EXAMPLES,
+                stateful_step_count=12,
+                deadline=None,
+                derandomize=True,
+                database=None,
+                phases=[Phase.generate, Phase.shrink],
+            ),
+        )
+    finally:
+        gc.unfreeze()
