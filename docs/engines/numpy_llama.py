@@ -1,0 +1,180 @@
+"""An engine that serves many sessions with one Llama, on the CPU: one to read, to run and to copy.
+
+The model is in `llama_model.py`, and any other could be: it has weights, a KV cache that can be
+truncated, and `forward`, which feeds tokens to caches. What is here is all that sessions need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Sequence
+
+import numpy as np
+
+from inference_session import Session
+from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
+from inference_session.exceptions import SessionClosedError
+from llama_model import Floats, KVCache, KVMemory, Llama, Tokens
+
+
+Sampler = Callable[[Floats, int], int]
+"""Chooses a token by the logits of all, and by the position that it will have."""
+
+
+def greedy(logits: Floats, position: int) -> int:
+    """Choose the likeliest token."""
+    return int(logits.argmax())
+
+
+def sampling(*, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> Sampler:
+    """Return a sampler that draws among the likeliest tokens, those that make up `top_p` together.
+
+    It has no state that sessions could share: a draw depends on the logits, the seed and the
+    position, so a step that failed and is tried again draws the same token.
+    """
+    if temperature <= 0 or not 0 < top_p <= 1 or seed < 0:
+        msg = "sampling needs temperature > 0, 0 < top_p <= 1 and seed >= 0"
+        raise ValueError(msg)
+
+    def sample(logits: Floats, position: int) -> int:
+        likeliest = np.argsort(-logits)
+        scaled = logits[likeliest].astype(np.float64) / temperature
+        mass = np.cumsum(np.exp(scaled - scaled[0]))
+        nucleus = mass[: np.searchsorted(mass, top_p * mass[-1]) + 1]
+        draw = np.random.default_rng((seed, position)).random() * nucleus[-1]
+        return int(likeliest[np.searchsorted(nucleus, draw, side="right")])
+
+    return sample
+
+
+class LlamaEngine:
+    """An `inference_session.engine.Engine`: any number of sessions, stepped alone or together.
+
+    Between calls the last token of a session is always pending: it has not been fed to the model,
+    so there is something to compute the next token from. Every call feeds all that is pending, so
+    it does not matter why it is: tokens just added, an evicted cache, a rewind, a failed step.
+
+    Every call is atomic, and every call borrows: `SessionBusyError` and the other errors of
+    `StateSlots.borrow` come from all of them.
+    """
+
+    def __init__(self, model: Llama, *, memory_limit: int | None = None, chunk: int = 256) -> None:
+        """Serve `model`; `chunk` is the most tokens of a session that go through it at once."""
+        if chunk < 1:
+            msg = "a chunk has one token at least"
+            raise ValueError(msg)
+        self.model = model
+        self.chunk = chunk
+        self.memory = KVMemory(model.config, limit=memory_limit)
+        self.slots = StateSlots(
+            create=self.memory.create,
+            length=lambda cache: cache.length,
+            truncate=KVCache.truncate,
+            release=self.memory.release,
+            nbytes=lambda cache: cache.nbytes,
+        )
+
+    def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
+        """Add tokens and fill the cache with all but the last.
+
+        `ValueError`, with nothing changed, if the vocabulary or the context cannot hold them.
+        """
+        new = self._check(tokens)
+        with self.slots.borrow(session) as state:
+            self._check_room(len(state.token_history) + len(new))
+            state.append(new)
+            self._feed_all_but_last(session, state)
+        return PrefillResult(tokens_processed=len(new))
+
+    def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
+        """Make `tokens` the whole history, and feed only what the cache does not have yet.
+
+        For chat turns: a client sends its whole conversation each time, and most of it has been
+        seen. Returns the number of tokens that were reused. Errors are those of `prefill`.
+        """
+        history = self._check(tokens)
+        self._check_room(len(history))
+        with self.slots.borrow(session) as state:
+            reused = state.reuse_prefix(history)
+            self._feed_all_but_last(session, state)
+        return reused
+
+    def decode(self, session: Session, /, *, sample: Sampler = greedy) -> DecodeResult:
+        """Add the next token; `ValueError` if the session is empty or its context full."""
+        return self.decode_batch([session], sample=sample)[0]
+
+    def decode_batch(
+        self, sessions: Sequence[Session], /, *, sample: Sampler = greedy
+    ) -> list[DecodeResult]:
+        """Add the next token of each session, in one pass over the weights.
+
+        All sessions take the step or none does. Errors are those of `decode`.
+        """
+        with self.slots.borrow_all(sessions) as states:
+            for state in states:
+                if not state.token_history:
+                    msg = "nothing to decode from: the session is empty, prefill it first"
+                    raise ValueError(msg)
+                self._check_room(len(state.token_history) + 1)
+            for session, state in zip(sessions, states, strict=True):
+                self._feed_all_but_last(session, state)
+            results: list[DecodeResult] = []
+            if states:
+                hidden = self.model.forward([(s.kv_cache, _array(s.pending)) for s in states])
+                for state, logits in zip(states, self.model.logits(hidden), strict=True):
+                    state.advance(1)
+                    token = sample(logits, len(state.token_history))
+                    state.append([token])
+                    results.append(DecodeResult(token=token))
+        return results
+
+    def stream(
+        self,
+        session: Session,
+        max_tokens: int,
+        *,
+        sample: Sampler = greedy,
+        stop: Collection[int] = (),
+    ) -> Generator[int, None, None]:
+        """Decode up to `max_tokens` tokens, one at a time, up to and with one of `stop`.
+
+        Each token has a borrow of its own, over before the token is handed out. So what has been
+        handed out is in the history, also when the consumer goes away; and while the consumer
+        takes its time, the session can be closed, evicted or inspected.
+        """
+        for _ in range(max_tokens):
+            token = self.decode(session, sample=sample).token
+            yield token
+            if token in stop:
+                return
+
+    def _feed_all_but_last(self, session: Session, state: BorrowedState[KVCache]) -> None:
+        pending = _array(state.pending)[:-1]
+        for start in range(0, len(pending), self.chunk):
+            if session.closed:  # Nobody waits for the rest.
+                raise SessionClosedError(session.id)
+            tokens = pending[start : start + self.chunk]
+            self.model.forward([(state.kv_cache, tokens)])
+            state.advance(len(tokens))
+
+    def _check(self, tokens: Sequence[int]) -> Tokens:
+        ids = np.asarray(tokens) if len(tokens) else np.empty(0, np.int32)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            msg = "tokens must be a flat sequence of ints"
+            raise ValueError(msg)
+        wrong = np.flatnonzero((ids < 0) | (ids >= self.model.config.vocab_size))
+        if len(wrong):  # What it is does not belong in a log; where it is says enough.
+            msg = (
+                f"token {wrong[0]} of {len(ids)} (from 0) is not in the vocabulary of "
+                f"{self.model.config.vocab_size}"
+            )
+            raise ValueError(msg)
+        return ids.astype(np.int32)
+
+    def _check_room(self, length: int) -> None:
+        if length > self.model.config.context_length:
+            msg = f"{length} tokens do not fit in a context of {self.model.config.context_length}"
+            raise ValueError(msg)
+
+
+def _array(tokens: Sequence[int]) -> Tokens:
+    return np.asarray(tokens, np.int32)
