@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import cast
 import pytest
 
 from inference_session import Session
+from inference_session._lease import leases, replace_dead
 from inference_session.engine import BorrowedState, StateSlots
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 
@@ -434,3 +436,17 @@ def test_finalizers_that_close() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20, "the garbage collector did not run"
+
+
+def test_heirs_of_a_dead_lease() -> None:
+    """Of several that find the same dead lease, one gets the session: the others come too late."""
+    dead, first, second = (weakref.ref(Session()) for _ in range(3))
+    key = -1  # no object has this id()
+    assert not replace_dead(key, dead, first)
+    leases[key] = dead
+    try:
+        assert replace_dead(key, dead, first)
+        assert not replace_dead(key, dead, second)
+        assert leases[key] is first
+    finally:
+        del leases[key]

@@ -61,7 +61,7 @@ def main() -> int:
     try:
         model, tokenizer = load(console)
     except FileNotFoundError as error:
-        console.print(f"demo.py: {error}", markup=False)
+        console.print(f"demo.py: {error}", markup=False, soft_wrap=True)
         return FAILED
     load_seconds = time.perf_counter() - start
     engine = LlamaEngine(model)

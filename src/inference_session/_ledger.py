@@ -56,14 +56,13 @@ class Ledger(Generic[KV]):
         return self.savepoint[0]
 
     def open_cache(self) -> KV:
-        """Return the KV cache, a new one if there is none."""
-        if self.kv_cache is NO_CACHE:
-            (self.kv_cache,) = starmap(self.slots.create, ((),))
-            try:
-                self.check_cache(0)
-            except BaseException:
-                self.discard_cache()
-                raise
+        """Make a KV cache where there is none, and return it."""
+        (self.kv_cache,) = starmap(self.slots.create, ((),))
+        try:
+            self.check_cache(0)
+        except BaseException:
+            self.discard_cache()
+            raise
         return self.kv_cache
 
     def replace_cache(self, cache: KV) -> None:

@@ -174,11 +174,13 @@ class Session:
             if ledger is not None:
                 try:
                     ledger.close(failure)
-                finally:
+                except BaseException:
                     if (
                         not ledger.holds_cache()
-                    ):  # else it was interrupted, and is done when we come here again
+                    ):  # else it was interrupted: the next to come here goes on
                         self._ledger = None
+                    raise
+                self._ledger = None
             leases.pop(id(self), None)
         finally:
             keeper = None  # a traceback must not keep the lease alive

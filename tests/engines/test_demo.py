@@ -23,7 +23,7 @@ from tour import Tour
 
 
 DEMO = str(Path(__file__).parents[2] / "docs" / "examples" / "demo.py")
-CLAIMS = 17
+CLAIMS = 16
 
 
 def demo(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
