@@ -77,7 +77,7 @@ class BorrowedState(LeasedBlock, Generic[KV]):
 
     @property
     def pending(self) -> Sequence[int]:
-        """The tokens that the KV cache doesn't cover yet, `token_history[kv_length:]`: a list of their own."""
+        """The tokens that the KV cache doesn't cover yet, `token_history[kv_length:]`: a new list each time."""
         ledger = self._current()
         return ledger.history[ledger.kv_length :].tolist()
 

@@ -37,7 +37,8 @@ class StateSlots(Generic[KV]):
             owns what it's given: if it returns another, freeing the old one is its business; if it raises, the library
             releases the old one. Without `truncate`, a KV cache that covers too much is released and computed anew.
         release: gives back the memory or the handle that a KV cache holds. It's called once for each cache that the
-            library owns when the session lets go of it, also if it raises.
+            library owns when the session lets go of it, also if it raises. As a session can be closed by any thread,
+            and dropped at any instant, it must not wait for a lock that its own thread may hold.
         nbytes: returns how many bytes a KV cache holds, for memory budgets.
     """
 
