@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     rule,
-    run_state_machine_as_test,  # pyright: ignore[reportUnknownVariableType]
+    run_state_machine_as_test,
 )
 from tests.caches import Cache, Fault, FunctionName, Lie, Memory
 
