@@ -101,7 +101,9 @@ def lint(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation, and run the samples in it, in README.md and in docstrings."""
     session.install(".", *group("docs"))
-    session.run("sphinx-build", "-E", "-n", "-W", "--keep-going", "docs", "docs/_build")
+    session.run(
+        "sphinx-build", "-E", "-n", "-W", "--keep-going", "docs", f"{session.create_tmp()}/html"
+    )
     session.run("python", "-m", "pytest", "-p", "docs.samples", "README.md", "docs", "src")
 
 
