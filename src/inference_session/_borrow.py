@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar, final
+from weakref import ref
 
 from attrs import define, field
 
@@ -194,7 +195,11 @@ class BorrowedState(LeasedBlock, Generic[KV]):
 
     def __enter__(self) -> "BorrowedState[KV]":
         try:
-            self._take(self._begin())
+            if self._exit is no_exit:
+                self._begin()  # raises; what follows is the rest of it, less a call
+            lease = ref(self._exit)
+            self._exit = no_exit
+            self._take(self._keep() if lease() is None else lease)
         except BaseException:
             self._exit = no_exit
             raise

@@ -92,12 +92,12 @@ class LeasedBlock(ABC):
             raise RuntimeError("a borrow can be entered only once; borrow the session again")
         lease = ref(self._exit)
         self._exit = no_exit
-        if (
-            lease() is None
-        ):  # no `with` statement has it: the lease lives as long as this object, then
-            self._exit = _ManualEnd(ref(self))
-            lease = ref(self._exit)
-        return lease
+        return self._keep() if lease() is None else lease
+
+    def _keep(self) -> Lease:
+        """Return a lease that lives as long as this object, for want of a `with` statement."""
+        self._exit = _ManualEnd(ref(self))
+        return ref(self._exit)
 
     @abstractmethod
     def _end(

@@ -151,19 +151,30 @@ def step(session: Session, count: int) -> None:
             state.advance(1)
 
 
+class Locked:
+    """What one would write to step a session by one thread at a time."""
+
+    __slots__ = ("kv_cache", "lock", "token_history")
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.kv_cache: list[int] = []
+        self.token_history: list[int] = []
+
+
 @cache
-def by_hand() -> tuple[Lock, list[int], list[int]]:
-    """Return what one would keep: a lock, the tokens and a KV cache."""
-    return Lock(), [], []
+def by_hand() -> Locked:
+    """Return a session written by hand."""
+    return Locked()
 
 
 def step_by_hand(count: int) -> None:
-    """Do what one would write for a decode step, with nothing to look up but what is in local variables."""
-    lock, history, kv_cache = by_hand()
+    """Do what one would write for a decode step."""
+    session = by_hand()
     for _ in range(count):
-        with lock:
-            history.append(0)
-            kv_cache.append(0)
+        with session.lock:
+            session.token_history.append(0)
+            session.kv_cache.append(0)
 
 
 def step_batch(_: int) -> None:
