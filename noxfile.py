@@ -73,6 +73,19 @@ def engines(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("name", ["jax", "llama_cpp", "mlx", "transformers"])
+def engine(session: nox.Session, name: str) -> None:
+    """Test an engine over somebody else's library, as it is published."""
+    if name == "transformers":
+        session.install(*group("torch"))
+    if name == "llama_cpp":
+        install_model(session)
+        session.env["CMAKE_ARGS"] = "-DGGML_NATIVE=OFF"  # it's built from source
+    session.install(".", *group("newest", "tests", name))
+    session.run("python", "-m", "pytest", f"tests/engines/test_{name}.py", *session.posargs)
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Measure what the package costs."""
     session.install(".", *group("newest", "benchmarks"))
