@@ -7,6 +7,7 @@ import pickle
 from asyncio import CancelledError
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import attrs
@@ -1261,6 +1262,21 @@ def test_enter_within_the_own_block(
 
 
 @pytest.mark.parametrize("batch", [False, True])
+def test_enter_twice_by_hand(
+    session: Session, slots: StateSlots[Cache], memory: Memory, *, batch: bool
+) -> None:
+    """Without a `with` statement, too, a second entry is refused, and the first borrow goes on."""
+    borrow = slots.borrow_all([session]) if batch else slots.borrow(session)
+    got = borrow.__enter__()
+    state = got[0] if isinstance(got, list) else got
+    with pytest.raises(RuntimeError, match="only once"):
+        borrow.__enter__()
+    memory.step(state, 1)
+    borrow.__exit__(None, None, None)
+    assert look(slots, session) == ([1], 1)
+
+
+@pytest.mark.parametrize("batch", [False, True])
 def test_enter_again_after_the_block(
     session: Session, slots: StateSlots[Cache], memory: Memory, *, batch: bool
 ) -> None:
@@ -1714,6 +1730,45 @@ def test_states_of_a_batch_do_not_keep_it(slots: StateSlots[Cache], memory: Memo
             with pytest.raises(BorrowExpiredError):
                 kept.append([2])
         assert look(slots, one) == ([1], 1)
+
+
+def test_create_out_of_handles(session: Session) -> None:
+    """A `create` that takes from an iterator which is at its end doesn't end in a puzzle."""
+    slots = StateSlots(create=partial(next, iter([list[int]()])), length=len)
+    with slots.borrow(session) as state:
+        assert state.kv_cache == []
+    with (
+        Session() as other,
+        pytest.raises(RuntimeError, match=r"create\(\) raised StopIteration"),
+        slots.borrow(other) as state,
+    ):
+        state.append([1])
+        _ = state.kv_cache
+    assert other.token_count == 0
+
+
+def test_truncate_stops(session: Session) -> None:
+    """A `truncate` that raises StopIteration is named, and what it was given is released."""
+    released: list[list[int]] = []
+    nothing: Iterator[list[int]] = iter([])
+    slots = StateSlots(
+        create=list[int],
+        length=len,
+        truncate=lambda cache, length: next(nothing),
+        release=released.append,
+    )
+    with slots.borrow(session) as state:
+        state.append([1, 2, 3])
+        state.kv_cache.extend(state.pending)
+        state.advance(3)
+    with (
+        pytest.raises(RuntimeError, match=r"truncate\(kv_cache, length\) raised StopIteration"),
+        slots.borrow(session) as state,
+    ):
+        state.rewind(1)
+    assert released == [[1, 2, 3]]
+    with slots.borrow(session) as state:
+        assert state.pending == [1, 2, 3]
 
 
 # evict

@@ -1,6 +1,7 @@
 """The borrow: one session's state for one `with` block, exclusive and atomic."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar, final
@@ -194,9 +195,9 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         return self._ledger
 
     def __enter__(self) -> "BorrowedState[KV]":
+        if self._exit.__class__ is not partial:
+            self._begin()  # raises; what follows is the rest of it, less a call
         try:
-            if self._exit is no_exit:
-                self._begin()  # raises; what follows is the rest of it, less a call
             lease = ref(self._exit)
             self._exit = no_exit
             self._take(self._keep() if lease() is None else lease)

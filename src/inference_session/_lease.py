@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from threading import RLock
 from types import TracebackType
@@ -88,7 +89,7 @@ class LeasedBlock(ABC):
 
     def _begin(self) -> Lease:
         """Forget the end, and return a lease that dies with the `with` statement that has it."""
-        if self._exit is no_exit:
+        if self._exit.__class__ is not partial:
             raise RuntimeError("a borrow can be entered only once; borrow the session again")
         lease = ref(self._exit)
         self._exit = no_exit

@@ -3,7 +3,7 @@
 Nothing here is guarded: whoever calls must have the session for itself. But an exception can strike at any instant,
 and must leave nothing torn. CPython raises what signals cause on entering a Python function, after a call and when
 jumping back, nowhere else. So assignments that belong together stand in one statement; a cache is released by the call
-that follows on its removal; and what `create` and `truncate` return is stored by unpacking a `map`, which leaves no
+that follows on its removal; and what `create` and `truncate` return is stored by a loop over a `map`, which leaves no
 instant between return and assignment.
 """
 
@@ -57,7 +57,10 @@ class Ledger(Generic[KV]):
 
     def open_cache(self) -> KV:
         """Make a KV cache where there is none, and return it."""
-        (self.kv_cache,) = starmap(self.slots.create, ((),))
+        for self.kv_cache in starmap(self.slots.create, ((),)):  # noqa: B020
+            break
+        else:
+            raise RuntimeError("create() raised StopIteration")
         try:
             self.check_cache(0)
         except BaseException:
@@ -173,7 +176,10 @@ class Ledger(Generic[KV]):
             kept = min(kept, length)
             # A KV cache that's being truncated can't be relied upon.
             self.savepoint = (count, cut_off, _NOT_KEPT)
-        (self.kv_cache,) = map(truncate, (self.kv_cache,), (length,))
+        for self.kv_cache in map(truncate, (self.kv_cache,), (length,)):  # noqa: B020
+            break
+        else:
+            raise RuntimeError("truncate(kv_cache, length) raised StopIteration")
         self.check_cache(length)
         self.kv_length, self.savepoint = length, (count, cut_off, kept)
 
