@@ -97,8 +97,8 @@ def test_finality() -> None:
 
 
 def test_only_dependency() -> None:
-    """The package needs attrs, and nothing else."""
-    needed = requires("inference-session") or []
+    """The package needs attrs, and nothing else; extras may need more."""
+    needed = [r for r in requires("inference-session") or [] if "extra ==" not in r]
     assert [requirement.split(">")[0].strip() for requirement in needed] == ["attrs"]
 
 
