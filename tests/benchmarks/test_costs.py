@@ -9,54 +9,33 @@ import tracemalloc
 from array import array
 from collections.abc import Callable, Iterable
 from functools import cache, partial
-from math import inf
-from threading import Lock
-from time import process_time
 from uuid import uuid4
 
 import numpy as np
 import pytest
-from attrs import frozen
 from numpy.typing import NDArray
+from tests.benchmarks.measuring import BATCH, Cost, Measure, timed
+from tests.benchmarks.steps import (
+    TOKEN,
+    advance,
+    append,
+    borrow,
+    commit,
+    commit_token,
+    look,
+    rewind,
+    slots,
+    step,
+    step_by_hand,
+    timed_at,
+)
 
 from inference_session import Session
-from inference_session.engine import StateSlots
 
 
 FEW, MANY = 10, 1_000_000
-BATCH = 256
 PROMPT = 131_072
-TOKEN = [50_000]
 MODULES = "attrs, uuid, threading"
-
-LEAST_ROUNDS, MOST_ROUNDS = 50, 500
-
-Work = Callable[[int], object]
-"""Does something so many times."""
-Measure = Callable[[], float]
-"""Returns the cost of a round of something, in whatever unit."""
-
-
-def ratio_of(subject: Measure, baseline: Measure, limit: float) -> float:
-    """Compare the best of rounds that take turns, so that other load meets both; beyond the limit, take more rounds."""
-    best_subject = best_baseline = inf
-    for rounds in range(1, MOST_ROUNDS + 1):
-        best_subject = min(best_subject, subject())
-        best_baseline = min(best_baseline, baseline())
-        if rounds >= LEAST_ROUNDS and best_subject <= limit * best_baseline:
-            break
-    return best_subject / best_baseline
-
-
-def timed(work: Work, count: int = BATCH) -> Measure:
-    """Measure CPU seconds, as they stand still while others run. The loop is in the work, so that no call adds up."""
-
-    def measure() -> float:
-        start = process_time()
-        work(count)
-        return process_time() - start
-
-    return measure
 
 
 # --- A session by itself
@@ -115,66 +94,10 @@ def memory_of(make: Callable[[], object], count: int = 1000) -> float:
 # --- A decode step's bookkeeping
 
 
-def cut(kv_cache: list[int], length: int) -> list[int]:
-    """Truncate in place."""
-    del kv_cache[length:]
-    return kv_cache
-
-
-slots = StateSlots(create=list[int], length=len, truncate=cut)
-
-
-@cache
-def session_of(size: int) -> Session:
-    """Return the session with so many tokens, all of them in the KV cache."""
-    session = Session()
-    with slots.borrow(session) as state:
-        state.append(array("i", TOKEN) * size)
-        state.kv_cache.extend(TOKEN * size)
-        state.advance(size)
-    return session
-
-
 @cache
 def batch() -> list[Session]:
     """Return the sessions of a batch."""
     return [Session() for _ in range(BATCH)]
-
-
-def step(session: Session, count: int) -> None:
-    """Do a decode step's bookkeeping."""
-    for _ in range(count):
-        with slots.borrow(session) as state:
-            kv_cache = state.kv_cache
-            state.append(TOKEN)
-            kv_cache.append(0)
-            state.advance(1)
-
-
-class Locked:
-    """What one would write to step a session by one thread at a time."""
-
-    __slots__ = ("kv_cache", "lock", "token_history")
-
-    def __init__(self) -> None:
-        self.lock = Lock()
-        self.kv_cache: list[int] = []
-        self.token_history: list[int] = []
-
-
-@cache
-def by_hand() -> Locked:
-    """Return a session written by hand."""
-    return Locked()
-
-
-def step_by_hand(count: int) -> None:
-    """Do what one would write for a decode step."""
-    session = by_hand()
-    for _ in range(count):
-        with session.lock:
-            session.token_history.append(0)
-            session.kv_cache.append(0)
 
 
 def step_batch(_: int) -> None:
@@ -185,82 +108,6 @@ def step_batch(_: int) -> None:
             state.append(TOKEN)
             kv_cache.append(0)
             state.advance(1)
-
-
-# --- The same with a long history
-
-
-def borrow(session: Session, count: int) -> None:
-    """Borrow, and no more."""
-    for _ in range(count):
-        with slots.borrow(session):
-            pass
-
-
-def append(session: Session, count: int) -> None:
-    """Append a token."""
-    with slots.borrow(session) as state:
-        for _ in range(count):
-            state.append(TOKEN)
-
-
-def advance(session: Session, count: int) -> None:
-    """Advance by a token."""
-    with slots.borrow(session) as state:
-        state.append(TOKEN * count)
-        kv_cache = state.kv_cache
-        for _ in range(count):
-            kv_cache.append(0)
-            state.advance(1)
-
-
-def commit(session: Session, count: int) -> None:
-    """Commit what didn't change."""
-    with slots.borrow(session) as state:
-        for _ in range(count):
-            state.commit()
-
-
-def commit_token(session: Session, count: int) -> None:
-    """Commit one more token."""
-    with slots.borrow(session) as state:
-        for _ in range(count):
-            state.append(TOKEN)
-            state.commit()
-
-
-def rewind(session: Session, count: int) -> None:
-    """Rewind by a token that is committed and in the KV cache, and put another in its place."""
-    with slots.borrow(session) as state:
-        kv_cache, length = state.kv_cache, state.kv_length - 1
-        for _ in range(count):
-            state.rewind(length, pending=0)
-            state.append(TOKEN)
-            kv_cache.append(0)
-            state.advance(1)
-            state.commit()
-
-
-def look(session: Session, count: int) -> None:
-    """Look at the history, its length and its last token."""
-    with slots.borrow(session) as state:
-        for _ in range(count):
-            history = state.token_history
-            len(history)
-            history[-1]
-
-
-def timed_at(size: int, work: Callable[[Session, int], None]) -> Measure:
-    """Measure seconds with a history of a size, which is restored after each round."""
-
-    def measure() -> float:
-        session = session_of(size)
-        seconds = timed(partial(work, session))()
-        with slots.borrow(session) as state:
-            state.rewind(size, pending=0)
-        return seconds
-
-    return measure
 
 
 # --- Reuse of a prefix
@@ -313,17 +160,6 @@ def importing(modules: str) -> Measure:
     return lambda: float(subprocess.check_output([sys.executable, "-c", code]))
 
 
-@frozen
-class Cost:
-    """A row of the table."""
-
-    what: str
-    subject: Measure
-    against: str
-    baseline: Measure
-    limit: float
-
-
 def growth(what: str, work: Callable[[Session, int], None]) -> Cost:
     """Return the row that compares a long history with a short one."""
     return Cost(
@@ -356,9 +192,4 @@ COSTS = [
 @pytest.mark.parametrize("cost", COSTS, ids=lambda cost: f"{cost.what} / {cost.against}")
 def test_cost(cost: Cost, record_property: Callable[[str, object], None]) -> None:
     """Nothing costs more than it may."""
-    ratio = ratio_of(cost.subject, cost.baseline, cost.limit)
-    record_property("ratio", ratio)
-    record_property("limit", cost.limit)
-    record_property("what", cost.what)
-    record_property("against", cost.against)
-    assert ratio <= cost.limit
+    cost.check(record_property)

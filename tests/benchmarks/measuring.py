@@ -1,0 +1,58 @@
+"""How costs are compared: as ratios within one run, of rounds that take turns. Seconds tell more about the machine."""
+
+from collections.abc import Callable
+from math import inf
+from time import process_time
+
+from attrs import frozen
+
+
+BATCH = 256
+LEAST_ROUNDS, MOST_ROUNDS = 50, 500
+
+Work = Callable[[int], object]
+"""Does something so many times."""
+Measure = Callable[[], float]
+"""Returns the cost of a round of something, in whatever unit."""
+
+
+def ratio_of(subject: Measure, baseline: Measure, limit: float) -> float:
+    """Compare the best of rounds that take turns, so that other load meets both; beyond the limit, take more rounds."""
+    best_subject = best_baseline = inf
+    for rounds in range(1, MOST_ROUNDS + 1):
+        best_subject = min(best_subject, subject())
+        best_baseline = min(best_baseline, baseline())
+        if rounds >= LEAST_ROUNDS and best_subject <= limit * best_baseline:
+            break
+    return best_subject / best_baseline
+
+
+def timed(work: Work, count: int = BATCH) -> Measure:
+    """Measure CPU seconds, as they stand still while others run. The loop is in the work, so that no call adds up."""
+
+    def measure() -> float:
+        start = process_time()
+        work(count)
+        return process_time() - start
+
+    return measure
+
+
+@frozen
+class Cost:
+    """A row of the table that `conftest.py` prints."""
+
+    what: str
+    subject: Measure
+    against: str
+    baseline: Measure
+    limit: float
+
+    def check(self, record_property: Callable[[str, object], None]) -> None:
+        """Measure, leave a row for the table, and fail if the ratio is beyond the limit."""
+        ratio = ratio_of(self.subject, self.baseline, self.limit)
+        record_property("ratio", ratio)
+        record_property("limit", self.limit)
+        record_property("what", self.what)
+        record_property("against", self.against)
+        assert ratio <= self.limit
