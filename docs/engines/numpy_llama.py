@@ -7,6 +7,7 @@ truncated, and `forward`, which feeds tokens to caches. What is here is all that
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -44,6 +45,16 @@ def sampling(*, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> 
         return int(likeliest[np.searchsorted(nucleus, draw, side="right")])
 
     return sample
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step of `LlamaEngine.answer` did."""
+
+    fed: int
+    """How many tokens went through the model."""
+    token: int | None = None
+    """The next token of the answer; None as long as the prompt is being fed."""
 
 
 class LlamaEngine:
@@ -117,15 +128,8 @@ class LlamaEngine:
                 self._check_room(len(state.token_history) + 1)
             for session, state in zip(sessions, states, strict=True):
                 self._feed_all_but_last(session, state)
-            results: list[DecodeResult] = []
-            if states:
-                hidden = self.model.forward([(s.kv_cache, _array(s.pending)) for s in states])
-                for state, logits in zip(states, self.model.logits(hidden), strict=True):
-                    state.advance(1)
-                    token = sample(logits, len(state.token_history))
-                    state.append([token])
-                    results.append(DecodeResult(token=token))
-        return results
+            tokens = self._feed_last(states, sample) if states else []
+        return [DecodeResult(token=token) for token in tokens]
 
     def stream(
         self,
@@ -147,14 +151,61 @@ class LlamaEngine:
             if token in stop:
                 return
 
+    def answer(
+        self,
+        session: Session,
+        prompt: Callable[[Sequence[int]], Sequence[int]],
+        max_tokens: int,
+        *,
+        sample: Sampler = greedy,
+        stop: Collection[int] = (),
+    ) -> Generator[Step, None, None]:
+        """Do what `prompt` and `stream` do, in one borrow: nobody steps the session in between.
+
+        `prompt` is given the history and returns what it shall be. Each step is short, a chunk of
+        the prompt or one token, and each token is committed before it is handed out. So closing the
+        generator is a way to cancel: before the first token the session is as it was, and then it
+        has what was handed out. Closing the session is another, from any thread.
+        """
+        with self.slots.borrow(session) as state:
+            history = self._check(prompt(state.token_history))
+            self._check_room(len(history) + 1)
+            state.reuse_prefix(history)
+            for fed in self._chunks(session, state):
+                yield Step(fed)
+            for _ in range(min(max_tokens, self.model.config.context_length - len(history))):
+                _check_open(session)
+                (token,) = self._feed_last([state], sample)
+                state.commit()
+                yield Step(1, token)
+                if token in stop:
+                    return
+
     def _feed_all_but_last(self, session: Session, state: BorrowedState[KVCache]) -> None:
+        for _ in self._chunks(session, state):
+            pass
+
+    def _chunks(
+        self, session: Session, state: BorrowedState[KVCache]
+    ) -> Generator[int, None, None]:
+        """Feed all that is pending but the last token, chunk by chunk; give how long each was."""
         pending = _array(state.pending)[:-1]
         for start in range(0, len(pending), self.chunk):
-            if session.closed:  # Nobody waits for the rest.
-                raise SessionClosedError(session.id)
+            _check_open(session)
             tokens = pending[start : start + self.chunk]
             self.model.forward([(state.kv_cache, tokens)])
             state.advance(len(tokens))
+            yield len(tokens)
+
+    def _feed_last(self, states: Sequence[BorrowedState[KVCache]], sample: Sampler) -> list[int]:
+        """Feed the token that is pending in each state, and add the one that follows it."""
+        hidden = self.model.forward([(state.kv_cache, _array(state.pending)) for state in states])
+        tokens: list[int] = []
+        for state, logits in zip(states, self.model.logits(hidden), strict=True):
+            state.advance(1)
+            tokens.append(sample(logits, len(state.token_history)))
+            state.append(tokens[-1:])
+        return tokens
 
     def _check(self, tokens: Sequence[int]) -> Tokens:
         ids = np.asarray(tokens) if len(tokens) else np.empty(0, np.int32)
@@ -174,6 +225,11 @@ class LlamaEngine:
         if length > self.model.config.context_length:
             msg = f"{length} tokens do not fit in a context of {self.model.config.context_length}"
             raise ValueError(msg)
+
+
+def _check_open(session: Session) -> None:
+    if session.closed:  # Nobody waits for the rest.
+        raise SessionClosedError(session.id)
 
 
 def _array(tokens: Sequence[int]) -> Tokens:

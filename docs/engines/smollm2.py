@@ -154,6 +154,17 @@ class ChatTokenizer:
         """Return the tokens of a conversation, up to where the assistant's next answer begins."""
         if not messages or messages[0][0] != "system":
             messages = [("system", SYSTEM_PROMPT), *messages]
+        return self._turns(messages)
+
+    def continue_chat(self, history: Sequence[int], messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a conversation that ends with an answer, and of what follows it.
+
+        The answer may have been cut short, as it is when a client leaves.
+        """
+        end = [] if history[-1] == self.end_of_turn else [self.end_of_turn]
+        return [*history, *end, *self.encode("\n"), *self._turns(messages)]
+
+    def _turns(self, messages: Sequence[Message]) -> list[int]:
         tokens: list[int] = []
         for role, text in messages:
             turn = self.encode(f"{role}\n{text}")

@@ -481,6 +481,67 @@ def test_stream_ends(engine: LlamaEngine) -> None:
         assert list(engine.stream(session, 50, stop={stop})) == expected[4:6]
 
 
+def whole(tokens: Sequence[int]) -> Callable[[Sequence[int]], Sequence[int]]:
+    """Return a prompt for `LlamaEngine.answer` that is the whole history, whatever it was."""
+    return lambda history: tokens
+
+
+def test_answer_is_prompt_and_stream(engine: LlamaEngine) -> None:
+    """An answer has the tokens of `prompt` and `stream`, reuses as much, and says what it fed."""
+    chunks = [16, 16, len(PROMPT) - 33]  # All but the last token.
+    expected = answer(engine, PROMPT, 12)
+    with Session() as session:
+        steps = list(engine.answer(session, whole(PROMPT), 12))
+        assert [step.fed for step in steps] == chunks + 12 * [1]
+        assert [step.token for step in steps] == len(chunks) * [None] + expected
+        steps = list(engine.answer(session, lambda history: [*history, 5], 3, stop={0}))
+        assert [step.fed for step in steps][:2] == [1, 1]  # The last token, and the new one.
+        assert [step.token for step in steps][1:] == answer(engine, [*PROMPT, *expected, 5], 3)
+        (last,) = engine.answer(session, whole(PROMPT), 9, stop={expected[0]})
+        assert (last.fed, last.token) == (1, expected[0])
+
+
+def test_answer_holds_the_session(engine: LlamaEngine) -> None:
+    """Nobody steps a session between two tokens of an answer; closing it ends the answer."""
+    session = Session()
+    steps = engine.answer(session, whole(PROMPT), 50)
+    while next(steps).token is None:
+        with pytest.raises(SessionBusyError):
+            engine.decode(session)
+    with pytest.raises(SessionBusyError):
+        engine.prefill(session, OTHER)
+    session.close()
+    with pytest.raises(SessionClosedError):
+        next(steps)
+    assert engine.memory.released == 1
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_answer_broken_off(engine: LlamaEngine, steps: int) -> None:
+    """Closed in mid-prompt it leaves no trace; closed later, the session has what was handed out."""
+    with Session() as session:
+        engine.prefill(session, OTHER)
+        broken = engine.answer(session, whole(PROMPT), 50)
+        taken = [next(broken).token for _ in range(steps)]
+        broken.close()
+        tokens = [token for token in taken if token is not None]
+        history, _ = look(engine, session)
+        assert history == (PROMPT + tokens if tokens else OTHER)
+        assert decode(engine, session, 5) == answer(engine, history, 5)
+
+
+def test_answer_is_as_long_as_the_context(engine: LlamaEngine) -> None:
+    """An answer ends where the context does; a prompt that leaves no room for one is refused."""
+    long = (PROMPT * 5)[:CONTEXT_LENGTH]
+    with Session() as session:
+        steps = list(engine.answer(session, whole(long[3:]), 50))
+        assert [step.token is None for step in steps].count(False) == 3
+        before = look(engine, session)
+        with pytest.raises(ValueError, match="do not fit in a context of 200"):
+            next(engine.answer(session, whole(long), 1))
+        assert look(engine, session) == before
+
+
 def test_busy_session_is_refused(engine: LlamaEngine) -> None:
     """No call steps a session that is being stepped, and a batch has no session twice."""
     with Session() as session, Session() as other:

@@ -119,6 +119,16 @@ def test_chat_format(tokenizer: smollm2.ChatTokenizer) -> None:
     assert tokenizer.decode(with_system) == "system\nRhyme.\nuser\nHi\nassistant\n"
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_chat_continues(tokenizer: smollm2.ChatTokenizer, cut: bool) -> None:  # noqa: FBT001
+    """A conversation that is continued has the tokens it would have if it were written anew."""
+    answered = [*tokenizer.encode_chat(QUESTION), *tokenizer.encode(ANSWER)]
+    history = answered if cut else [*answered, tokenizer.end_of_turn]
+    more: list[smollm2.Message] = [("user", "And of Italy?")]
+    whole = tokenizer.encode_chat([*QUESTION, ("assistant", ANSWER), *more])
+    assert tokenizer.continue_chat(history, more) == whole
+
+
 def test_progress_is_told() -> None:
     """Who waits for the weights sees how far it is."""
     seen: list[tuple[int, int]] = []
