@@ -1,7 +1,7 @@
 """What type checkers know of a borrowed state, and which of its misuses they find."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import assert_type
 
 import numpy as np
@@ -21,12 +21,15 @@ def test_members_are_typed(state: BorrowedState[bytes]) -> None:
 def test_methods_are_typed(state: BorrowedState[bytes]) -> None:
     """What an engine calls is typed: only `reuse_prefix` has something to return."""
     assert_type(state.reuse_prefix([1, 2]), int)
-    nothing: None = state.append([1])  # type: ignore[func-returns-value]
-    nothing = state.advance(1)  # type: ignore[func-returns-value]
-    nothing = state.commit()  # type: ignore[func-returns-value]
-    nothing = state.rewind(1)  # type: ignore[func-returns-value]
-    nothing = state.rewind(1, pending=0)  # type: ignore[func-returns-value]
-    assert_type(nothing, None)
+    append: Callable[[list[int]], None] = state.append
+    append([1])
+    advance: Callable[[int], None] = state.advance
+    advance(1)
+    commit: Callable[[], None] = state.commit
+    commit()
+    rewind: Callable[[int], None] = state.rewind
+    rewind(1)
+    state.rewind(1, pending=0)
 
 
 def test_kv_cache_can_be_set(state: BorrowedState[bytes]) -> None:
@@ -66,67 +69,67 @@ def test_token_history_is_a_sequence(state: BorrowedState[bytes]) -> None:
 
 def test_kv_cache_keeps_its_type(state: BorrowedState[bytes]) -> None:
     """A KV cache of another type can't be set."""
-    state.kv_cache = "kv"  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
-    state.kv_cache = None  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    state.kv_cache = "kv"  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    state.kv_cache = None  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
 
 
 def test_members_cannot_be_set(state: BorrowedState[bytes]) -> None:
     """Only the KV cache can be set, nothing else, nor anything invented."""
-    state.token_history = [1]  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
-    state.kv_length = 1  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
-    state.kv_length += 1  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
-    state.pending = [1]  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
-    state.tokens = [1]  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    state.token_history = [1]  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    state.kv_length = 1  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    state.kv_length += 1  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    state.pending = [1]  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    state.tokens = [1]  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[missing-attribute]
 
 
 def test_members_cannot_be_deleted(state: BorrowedState[bytes]) -> None:
-    """Nothing can be deleted, the KV cache neither: it is evicted instead. mypy never looks at `del`."""
-    del state.kv_cache  # pyright: ignore[reportAttributeAccessIssue]
-    del state.token_history  # pyright: ignore[reportAttributeAccessIssue]
-    del state.kv_length  # pyright: ignore[reportAttributeAccessIssue]
-    del state.pending  # pyright: ignore[reportAttributeAccessIssue]
+    """Nothing can be deleted, the KV cache neither: it is evicted instead. mypy and pyrefly never look at `del`."""
+    del state.kv_cache  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    del state.token_history  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    del state.kv_length  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    del state.pending  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
 
 
 def test_token_history_cannot_be_changed(state: BorrowedState[bytes]) -> None:
     """The history is changed by methods of the state, not by its own."""
-    state.token_history[0] = 1  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
-    del state.token_history[0]  # type: ignore[attr-defined]  # pyright: ignore[reportIndexIssue]
-    state.token_history.append(1)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    state.token_history[0] = 1  # type: ignore[index]  # pyright: ignore[reportIndexIssue]  # ty: ignore[invalid-assignment]
+    del state.token_history[0]  # type: ignore[attr-defined]  # pyright: ignore[reportIndexIssue]  # ty: ignore[not-subscriptable]
+    state.token_history.append(1)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # ty: ignore[missing-attribute]
 
 
 def test_pending_cannot_be_changed(state: BorrowedState[bytes]) -> None:
     """Nor is what is pending."""
-    state.pending[0] = 1  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
-    state.pending.append(1)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    state.pending[0] = 1  # type: ignore[index]  # pyright: ignore[reportIndexIssue]  # ty: ignore[invalid-assignment]
+    state.pending.append(1)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # ty: ignore[missing-attribute]
 
 
 def test_tokens_are_ints(state: BorrowedState[bytes]) -> None:
     """Tokens are several ints: no text, no floats, not a single one."""
-    state.append(["a"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
-    state.append([0.5])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
-    state.append("text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    state.append(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    state.append(None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    state.reuse_prefix(["a"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
-    state.reuse_prefix(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    state.append(["a"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    state.append([0.5])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    state.append("text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    state.append(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    state.append(None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    state.reuse_prefix(["a"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    state.reuse_prefix(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
 def test_counts_are_ints(state: BorrowedState[bytes]) -> None:
     """What is counted is an int, and must be said."""
-    state.advance(0.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    state.advance([1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    state.advance()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    state.rewind("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    state.rewind(1, pending=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    state.advance(0.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    state.advance([1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    state.advance()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[missing-argument]
+    state.rewind("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    state.rewind(1, pending=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
 def test_pending_is_by_keyword(state: BorrowedState[bytes]) -> None:
     """Two numbers in a row would be a riddle."""
-    state.rewind(1, 0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    state.rewind(1, 0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[too-many-positional-arguments]
 
 
 def test_states_cannot_be_subclassed() -> None:
     """`BorrowedState` is final."""
 
-    class State(BorrowedState[bytes]):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues, reportUnusedClass]
+    class State(BorrowedState[bytes]):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues, reportUnusedClass]  # ty: ignore[subclass-of-final-class]
         pass

@@ -89,37 +89,37 @@ def test_engine_that_does_less() -> list[Engine]:
             return DecodeResult(7)
 
     engine: Engine
-    engine = Mute()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+    engine = Mute()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # ty: ignore[invalid-assignment]
     engines = [engine]
-    engine = Demanding()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+    engine = Demanding()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # ty: ignore[invalid-assignment]
     engines.append(engine)
-    engine = ById()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+    engine = ById()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # ty: ignore[invalid-assignment]
     engines.append(engine)
-    engine = Bare()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+    engine = Bare()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # ty: ignore[invalid-assignment]
     engines.append(engine)
-    engine = Asynchronous()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+    engine = Asynchronous()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # ty: ignore[invalid-assignment]
     engines.append(engine)
-    engine = OfLists()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+    engine = OfLists()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # ty: ignore[invalid-assignment]
     return [*engines, engine]
 
 
 def test_wrong_arguments(engine: Engine, session: Session) -> None:
     """An application passes a session and tokens, by position."""
-    engine.prefill(session.id, [1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    engine.prefill(session, "text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    engine.prefill(session, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    engine.prefill(session)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    engine.decode(session=session)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    engine.prefill(session.id, [1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    engine.prefill(session, "text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    engine.prefill(session, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    engine.prefill(session)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[missing-argument]
+    engine.decode(session=session)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[positional-only-parameter-as-kwarg]
 
 
 def test_results_are_frozen(prefilled: PrefillResult, decoded: DecodeResult) -> None:
     """Nobody changes what an engine said."""
-    prefilled.tokens_processed = 0  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
-    decoded.token = 0  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    prefilled.tokens_processed = 0  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    decoded.token = 0  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
 
 
 def test_results_hold_ints() -> None:
     """An engine says a number."""
-    PrefillResult([1, 2])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    DecodeResult("a")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    DecodeResult()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    PrefillResult([1, 2])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    DecodeResult("a")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    DecodeResult()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[missing-argument]

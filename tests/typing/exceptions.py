@@ -70,8 +70,8 @@ def test_errors_have_one_root() -> None:
 
 def test_errors_are_made_of_ids(session: Session) -> None:
     """An error takes the id of a session, and nothing that could show a token."""
-    SessionBusyError()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    SessionBusyError(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    SessionClosedError("text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    StateMismatchError(session.id)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    StateMismatchError(session.id, "1", 2)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    SessionBusyError()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[missing-argument]
+    SessionBusyError(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    SessionClosedError("text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    StateMismatchError(session.id)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[missing-argument]
+    StateMismatchError(session.id, "1", 2)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]

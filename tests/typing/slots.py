@@ -1,5 +1,6 @@
 """How type checkers infer the type of a KV cache, without an annotation, from the functions that describe it."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Self, assert_type
 
@@ -167,82 +168,82 @@ def test_borrow_all_passes_exceptions_on(slots: StateSlots[Cache], session: Sess
 
 def test_evict(slots: StateSlots[Cache], session: Session) -> None:
     """Evicting is a statement."""
-    nothing: None = slots.evict(session)  # type: ignore[func-returns-value]
-    assert_type(nothing, None)
+    evict: Callable[[Session], None] = slots.evict
+    evict(session)
 
 
 def test_wrong_create() -> None:
     """A `create` that wants arguments, or isn't a function, is refused."""
-    StateSlots(create=cache_length, length=int)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    StateSlots(create=Cache(), length=len)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    StateSlots(create=cache_length, length=int)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    StateSlots(create=Cache(), length=len)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
 def test_wrong_length() -> None:
     """A `length` of something else, or that isn't an int, is refused."""
-    StateSlots(create=make_cache, length=frozen_length)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]
-    StateSlots(create=FrozenCache, length=len)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]
-    StateSlots(create=make_cache, length=str)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    StateSlots(create=make_cache, length=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    StateSlots(create=make_cache, length=frozen_length)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    StateSlots(create=FrozenCache, length=len)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    StateSlots(create=make_cache, length=str)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    StateSlots(create=make_cache, length=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
 def test_wrong_truncate() -> None:
     """A `truncate` of something else, or that doesn't return a cache, is refused."""
-    StateSlots(create=make_cache, length=len, truncate=cut_frozen)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]
-    StateSlots(create=make_cache, length=len, truncate=Cache.free)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    StateSlots(create=make_cache, length=len, truncate=cut_frozen)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    StateSlots(create=make_cache, length=len, truncate=Cache.free)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
 def test_wrong_release() -> None:
     """A `release` of something else is refused."""
-    StateSlots(create=make_cache, length=len, release=frozen_length)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]
+    StateSlots(create=make_cache, length=len, release=frozen_length)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
 def test_wrong_nbytes() -> None:
     """An `nbytes` of something else, or that isn't an int, is refused."""
-    StateSlots(create=make_cache, length=len, nbytes=frozen_length)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]
-    StateSlots(create=make_cache, length=len, nbytes=str)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    StateSlots(create=make_cache, length=len, nbytes=frozen_length)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    StateSlots(create=make_cache, length=len, nbytes=str)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
 def test_arguments_are_by_keyword() -> None:
     """Functions are given by name, those needed among them, and no others."""
-    StateSlots(make_cache, cache_length)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    StateSlots(create=make_cache)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    StateSlots(length=cache_length)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    StateSlots(create=make_cache, length=len, copy=make_cache)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    StateSlots(make_cache, cache_length)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[missing-argument, too-many-positional-arguments]
+    StateSlots(create=make_cache)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[missing-argument]
+    StateSlots(length=cache_length)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[missing-argument]
+    StateSlots(create=make_cache, length=len, copy=make_cache)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[unknown-argument]
 
 
 def test_functions_cannot_be_set(slots: StateSlots[Cache]) -> None:
     """Slots don't change once they are made."""
-    slots.create = make_cache  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
-    slots.length = cache_length  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
-    slots.truncate = None  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
-    slots.release = None  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
-    slots.nbytes = None  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    slots.create = make_cache  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    slots.length = cache_length  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    slots.truncate = None  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    slots.release = None  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    slots.nbytes = None  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
 
 
 def test_slots_are_for_one_type(slots: StateSlots[Cache]) -> None:
     """Slots for one type of cache aren't slots for another, a more general one included."""
-    other: StateSlots[FrozenCache] = slots  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
-    general: StateSlots[object] = slots  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+    other: StateSlots[FrozenCache] = slots  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # ty: ignore[invalid-assignment]
+    general: StateSlots[object] = slots  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # ty: ignore[invalid-assignment]
     assert other is not general
 
 
 def test_only_sessions_are_borrowed(slots: StateSlots[Cache], session: Session) -> None:
     """What is borrowed are sessions, not their ids; one by `borrow`, several by `borrow_all`."""
-    slots.borrow(session.id)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    slots.borrow([session])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    slots.borrow_all(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    slots.borrow_all([session.id])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
-    slots.evict(session.id)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    slots.borrow(session.id)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    slots.borrow([session])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    slots.borrow_all(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    slots.borrow_all([session.id])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    slots.evict(session.id)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
 def test_state_is_had_by_with(slots: StateSlots[Cache], session: Session) -> None:
     """What `borrow` returns isn't the state yet."""
-    slots.borrow(session).commit()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-    slots.borrow_all([session]).pop()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    slots.borrow(session).commit()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # ty: ignore[missing-attribute]
+    slots.borrow_all([session]).pop()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # ty: ignore[missing-attribute]
 
 
 def test_slots_cannot_be_subclassed() -> None:
     """`StateSlots` is final."""
 
-    class Slots(StateSlots[Cache]):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues, reportUnusedClass]
+    class Slots(StateSlots[Cache]):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues, reportUnusedClass]  # ty: ignore[subclass-of-final-class]
         pass
