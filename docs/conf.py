@@ -1,10 +1,18 @@
 """Configuration of the documentation."""
 
+import sys
 from importlib.metadata import version as version_of
+from pathlib import Path
 from typing import cast
 
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon.docstring import GoogleDocstring
+
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from docs import picture  # noqa: E402
 
 
 project = "inference-session"
@@ -35,11 +43,12 @@ html_title = f"{project} {release}"
 
 
 def setup(app: Sphinx) -> None:
-    """Turn the docstrings' "Raises:" and the like into fields.
+    """Draw what is drawn, and turn the docstrings' "Raises:" and the like into fields.
 
     The napoleon extension would do so, too, but takes what precedes a colon in an attribute's docstring for its type.
     """
     app.connect("autodoc-process-docstring", _convert_sections)
+    picture.draw(HERE / "_build" / "concepts.svg")
 
 
 def _convert_sections(*event: object) -> None:
