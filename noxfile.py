@@ -5,7 +5,11 @@
 
 import filecmp
 import shutil
+import tarfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nox
 
@@ -70,9 +74,23 @@ def check_library(session: nox.Session, name: str) -> None:
     session.run("pyright", "-p", "pyright-libraries.json", *files("*.py", name))
 
 
-def run_tests(session: nox.Session, *requirements: str) -> None:
-    """Test the installed wheel and require full coverage, unless arguments select some tests."""
-    session.install(".", *group("tests"), *requirements)
+@contextmanager
+def published(session: nox.Session) -> Generator[str]:
+    """Give the path of the built wheel, and meanwhile be in the unpacked sdist, far from any sources of the package."""
+    (wheel,), (sdist,) = Path("dist").glob("*.whl"), Path("dist").glob("*.tar.gz")
+    wheel = wheel.resolve()
+    session.run("pip", "uninstall", "--yes", "--quiet", PYPROJECT["project"]["name"], silent=True)
+    with TemporaryDirectory() as directory:
+        shutil.unpack_archive(sdist, directory, filter="data")
+        (root,) = Path(directory).iterdir()
+        shutil.rmtree(root / "src")
+        with session.chdir(root):
+            yield str(wheel)
+
+
+def run_tests(session: nox.Session, *requirements: str, package: str = ".") -> None:
+    """Test the installed package and require full coverage, unless arguments select some tests."""
+    session.install(package, *group("tests"), *requirements)
     # Data of its own for every environment: sessions may run side by side.
     session.env["COVERAGE_FILE"] = str(Path(session.virtualenv.location, ".coverage").resolve())
     session.run("coverage", "erase")
@@ -96,11 +114,12 @@ def tests(session: nox.Session) -> None:
     run_tests(session, *group("newest"))
 
 
-@nox.session(python=PYTHONS)
+@nox.session(python=PYTHONS, requires=["build"])
 @nox.parametrize("attrs", [group("newest"), LOWEST], ids=["newest", "lowest"])
 def tests_all(session: nox.Session, attrs: list[str]) -> None:
-    """Test the package on every supported Python, with the newest and the lowest attrs."""
-    run_tests(session, *attrs)
+    """Test what is published on every supported Python, with the newest and the lowest attrs."""
+    with published(session) as wheel:
+        run_tests(session, *attrs, package=wheel)
 
 
 @nox.session
@@ -131,14 +150,34 @@ def benchmarks(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/benchmarks", *session.posargs)
 
 
+CHECKERS = {
+    "mypy": ["mypy", "--python-version"],
+    "pyright": ["pyright", "--pythonversion"],
+    "ty": ["ty", "check", "--python-version"],
+    "pyrefly": ["pyrefly", "check", "--python-version"],
+}
+
+
 @nox.session
-def typing(session: nox.Session) -> None:
-    """Type-check everything for every supported Python, and require a fully typed interface."""
-    session.install(".", *group("typing"))
+@nox.parametrize("checker", list(CHECKERS), ids=list(CHECKERS))
+def typing(session: nox.Session, checker: str) -> None:
+    """Type-check for every supported Python: everything by mypy and pyright, what users see by ty and pyrefly, too."""
+    everything = checker in {"mypy", "pyright"}
+    session.install(".", *group("newest", "tests", checker, *["typing"] * everything))
     for python in PYTHONS:
-        session.run("mypy", "--python-version", python)
-        session.run("pyright", "--pythonversion", python)
-    session.run("pyright", "--ignoreexternal", "--verifytypes", "inference_session")
+        session.run(*CHECKERS[checker], python)
+    if checker == "pyright":
+        session.run("pyright", "--ignoreexternal", "--verifytypes", "inference_session")
+
+
+@nox.session(requires=["build"])
+def user_project(session: nox.Session) -> None:
+    """Type-check and test a project that uses the package, as its developer would: the wheel is all there is."""
+    with published(session) as wheel, session.chdir("tests/typing/user_project"):
+        session.install(f"{wheel}[testing]", *group("newest", "tests", *CHECKERS))
+        for command in CHECKERS.values():
+            session.run(*command[:-1])
+        session.run("python", "-m", "pytest")
 
 
 @nox.session
@@ -164,11 +203,19 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build what is published into dist/, and check it."""
+    """Build what is published into dist/, and check that nothing is missing in it."""
     session.install(*group("build"))
     shutil.rmtree("dist", ignore_errors=True)
     session.run("python", "-m", "build")  # the wheel from the sdist
     session.run("twine", "check", "--strict", *(str(path) for path in Path("dist").iterdir()))
+    if Path(".git").exists():
+        (sdist,) = Path("dist").glob("*.tar.gz")
+        with tarfile.open(sdist) as archive:
+            packed = {name.partition("/")[2] for name in archive.getnames()}
+        tracked = session.run("git", "ls-files", external=True, silent=True)
+        missing = set(str(tracked).splitlines()) - packed
+        if missing:
+            session.error(f"the sdist lacks {missing}")
     direct = session.create_tmp()
     session.run("python", "-m", "build", "--wheel", "--outdir", direct)
     _, mismatches, errors = filecmp.cmpfiles(

@@ -3,7 +3,7 @@
 The states are not told to it: it steps a real session and draws what it sees. Colours are the theme's, light or dark.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Final
@@ -23,7 +23,6 @@ GAP: Final = 6
 
 INK: Final = "var(--color-foreground-primary, #222)"
 MUTED: Final = "var(--color-foreground-muted, #6b7280)"
-LINE: Final = "var(--color-foreground-border, #aaa)"
 CACHE: Final = "var(--color-brand-content, #2757dd)"
 PENDING: Final = "#d9822b"
 FAILURE: Final = "#d64550"
@@ -78,13 +77,12 @@ def draw(path: Path) -> None:
     """Write the picture."""
     seen = list(moments())
     height = TOP + ROW * len(seen) - 20
-    parts = [
+    svg = (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="concepts-title" '
-        'xmlns="http://www.w3.org/2000/svg" style="width: 100%; height: auto; margin: 1em 0">',
-        '<title id="concepts-title">Token history, KV cache and pending tokens, '
-        "from borrow to commit or rollback</title>",
-        _marker("after-failure", FAILURE),
-    ]
+        'xmlns="http://www.w3.org/2000/svg" style="width: 100%; height: auto; margin: 1em 0">'
+    )
+    title = "Token history, KV cache and pending tokens, from borrow to commit or rollback"
+    parts = [svg, f'<title id="concepts-title">{title}</title>', _arrowhead()]
     parts += _headings(seen[0])
     for number, moment in enumerate(seen):
         parts += _row(moment, TOP + ROW * number)
@@ -137,7 +135,7 @@ def _rollback(rows: int) -> Iterator[str]:
     yield (
         f'<path d="M{x - 14} {bottom} C{x + 26} {bottom} {x + 26} {bottom} {x + 26} {bottom - 34} '
         f'V{top + 34} C{x + 26} {top} {x + 26} {top} {x - 10} {top}" fill="none" stroke="{FAILURE}" '
-        'stroke-width="1.8" marker-end="url(#after-failure)"/>'
+        'stroke-width="1.8" marker-end="url(#arrowhead)"/>'
     )
     middle = (top + bottom) / 2
     yield (
@@ -146,10 +144,10 @@ def _rollback(rows: int) -> Iterator[str]:
     )
 
 
-def _marker(name: str, fill: str) -> str:
+def _arrowhead() -> str:
     return (
-        f'<defs><marker id="{name}" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" '
-        f'markerHeight="7" orient="auto"><path d="M0 0 L10 5 L0 10 z" fill="{fill}"/></marker></defs>'
+        '<defs><marker id="arrowhead" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" '
+        f'markerHeight="7" orient="auto"><path d="M0 0 L10 5 L0 10 z" fill="{FAILURE}"/></marker></defs>'
     )
 
 
