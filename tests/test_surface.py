@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import metadata, requires
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from types import ModuleType
 
 import pytest
@@ -33,6 +34,7 @@ SURFACE = {
         "SessionOwnerError",
         "StateMismatchError",
     ],
+    "inference_session.testing": ["check_engine", "parametrize_with_checks"],
 }
 MODULES = [
     module.name
@@ -56,7 +58,9 @@ def test_all(name: str) -> None:
     assert importlib.import_module(name).__all__ == SURFACE[name]
 
 
-@pytest.mark.parametrize("name", ["inference_session", "inference_session.engine"])
+@pytest.mark.parametrize(
+    "name", ["inference_session", "inference_session.engine", "inference_session.testing"]
+)
 def test_nothing_else_is_there(name: str) -> None:
     """Completion in an editor offers exactly what is public."""
     assert public_names(importlib.import_module(name)) == set(SURFACE[name])
@@ -70,13 +74,15 @@ def test_no_other_public_modules() -> None:
 
 @public_modules
 def test_modules_are_documented(name: str) -> None:
-    """`help` and the reference tell what each module, class and member is for."""
+    """`help` and the reference tell what each module, class, function and member is for."""
     module = importlib.import_module(name)
     assert module.__doc__
     for public in SURFACE[name]:
-        public_class: type[object] = getattr(module, public)
-        assert inspect.getdoc(public_class)
-        for member, value in vars(public_class).items():
+        documented: object = getattr(module, public)
+        assert inspect.getdoc(documented)
+        if inspect.isfunction(documented):
+            continue
+        for member, value in vars(documented).items():
             if not member.startswith("_") and (callable(value) or isinstance(value, property)):
                 assert inspect.getdoc(value), f"{public}.{member}"
 
@@ -112,14 +118,30 @@ def imported(node: ast.AST) -> list[str]:
     return []
 
 
+def sources(package: str) -> list[Traversable]:
+    """Return the Python files of a package, but not those of packages in it."""
+    return [it for it in files(package).iterdir() if it.name.endswith(".py")]
+
+
 def test_only_imports() -> None:
-    """What isn't declared isn't imported, not even where it's optional; `_typeshed` is for type checkers only."""
+    """What isn't declared isn't imported: only `testing` needs its extra, and `_typeshed` is for type checkers only."""
     allowed = {*sys.stdlib_module_names, "attrs", "inference_session", "_typeshed"}
-    sources = [it for it in files("inference_session").iterdir() if it.name.endswith(".py")]
-    assert len(sources) == len(MODULES) + 1
-    for source in sources:
+    extra = {"hypothesis", "pytest"}
+    package, testing = sources("inference_session"), sources("inference_session.testing")
+    assert len(package) + len(testing) == len(MODULES) + 1
+    for source in package + testing:
         for node in ast.walk(ast.parse(source.read_text("utf-8"))):
-            assert set(imported(node)) <= allowed, source.name
+            needed = set(imported(node))
+            assert needed <= (allowed | extra if source in testing else allowed), source.name
+
+
+def test_testing_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra, the error says how to install it."""
+    for name in [it for it in sys.modules if it.startswith("inference_session.testing")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    with pytest.raises(ModuleNotFoundError, match=r"inference-session\[testing\]"):
+        importlib.import_module("inference_session.testing")
 
 
 def test_import_is_light() -> None:
@@ -130,7 +152,8 @@ def test_import_is_light() -> None:
     )
     modules = set(result.stdout.split())
     assert "inference_session.engine" in modules
-    assert modules.isdisjoint({"asyncio", "multiprocessing", "numpy", "torch", "typing_extensions"})
+    heavy = {"asyncio", "hypothesis", "multiprocessing", "numpy", "pytest", "torch"}
+    assert modules.isdisjoint({*heavy, "typing_extensions"})
 
 
 def test_typed() -> None:

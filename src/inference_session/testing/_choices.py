@@ -1,0 +1,76 @@
+"""What a check chooses: numbers and tokens, by Hypothesis, which shortens them when a promise is broken."""
+
+from collections.abc import Sequence
+from functools import cache
+from random import Random
+from typing import Final, TypeVar
+
+from attrs import frozen
+from hypothesis import strategies as st
+
+
+T = TypeVar("T")
+
+MELODIES: Final = 64
+"""How many different beginnings there are for tokens."""
+
+EDGES: Final = 0.1
+"""How often a token is the first or the last of the vocabulary."""
+
+
+@cache
+def numbers(options: int) -> st.SearchStrategy[int]:
+    """Return a strategy for numbers from 0 to `options` - 1.
+
+    They are made of bits because Hypothesis mixes constants found in the modules of a project into numbers of its own:
+    then the seed alone would not say what is tried.
+    """
+    bits = st.tuples(*[st.booleans()] * (options - 1).bit_length())
+    return bits.map(lambda drawn: int("".join("01"[bit] for bit in (False, *drawn)), 2) % options)
+
+
+@frozen
+class Choices:
+    """The choices of one example."""
+
+    data: st.DataObject
+    vocab_size: int
+
+    def number(self, low: int, high: int) -> int:
+        """Choose a number from `low` to `high`."""
+        return low + self.data.draw(numbers(high - low + 1))
+
+    def one_of(self, options: Sequence[T]) -> T:
+        """Choose one of these; the first are the simplest."""
+        return options[self.number(0, len(options) - 1)]
+
+    def flag(self) -> bool:
+        """Choose yes or no."""
+        return self.number(0, 1) == 1
+
+    def tokens(self, low: int, high: int) -> list[int]:
+        """Choose from `low` to `high` tokens."""
+        return melody(self.number(0, MELODIES - 1), self.number(low, high), self.vocab_size)
+
+    def sequence(self, kinds: int, sessions: int) -> list[tuple[int, int, list[int], int]]:
+        """Choose a sequence of calls, each of some kind, on one of the sessions, with tokens and a number."""
+        calls = st.tuples(
+            numbers(kinds), numbers(sessions), numbers(MELODIES), numbers(8), numbers(16)
+        )
+        return [
+            (kind, session, melody(which, length + 1, self.vocab_size), number)
+            for kind, session, which, length, number in self.data.draw(
+                st.lists(calls, min_size=1, max_size=24)
+            )
+        ]
+
+
+def melody(which: int, length: int, vocab_size: int) -> list[int]:
+    """Return tokens that are as good as random, the first and the last ids more often; fewer begin as more do."""
+    random = Random(f"{which}")  # noqa: S311 not for secrets
+    return [
+        random.choice((0, vocab_size - 1))
+        if random.random() < EDGES
+        else random.randrange(vocab_size)
+        for _ in range(length)
+    ]

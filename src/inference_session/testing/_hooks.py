@@ -1,0 +1,162 @@
+"""The hooks: while a check runs, borrows tell what happens in them.
+
+They are put on the classes of the private core, and taken off again, so that a borrow costs nothing more when no check
+runs. Sessions that a check doesn't know pass through them untouched, whatever thread they are in.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from threading import Lock
+from typing import Any, Final, Protocol, TypeAlias
+
+from inference_session import Session
+from inference_session._batch import BorrowedBatch
+from inference_session.engine import BorrowedState, StateSlots
+
+
+State: TypeAlias = BorrowedState[Any]
+Slots: TypeAlias = StateSlots[Any]
+
+METHODS: Final = ("append", "advance", "commit", "rewind", "reuse_prefix")
+PROPERTIES: Final = ("kv_cache", "pending", "token_history", "kv_length")
+FUNCTIONS: Final = ("create", "length", "truncate", "release")
+
+_one_at_a_time = Lock()
+
+
+class Listener(Protocol):
+    """What is told of everything that happens in the borrows of its sessions."""
+
+    def knows(self, session: Session) -> bool:
+        """Whether this is one of its sessions."""
+        ...
+
+    def knows_slots(self, slots: Slots) -> bool:
+        """Whether one of its sessions was borrowed through this."""
+        ...
+
+    def borrowed(self, session: Session, slots: Slots) -> None:
+        """Take note of a session that was just borrowed."""
+        ...
+
+    def assigned(self, slots: Slots, cache: object) -> None:
+        """Take note of a KV cache that a step puts in the place of the present one."""
+        ...
+
+    def in_borrow(self, name: str, call: Callable[[], Any]) -> Any:
+        """Do something to a borrowed state, which is called `name`, and return its result."""
+        ...
+
+    def in_function(
+        self, name: str, slots: Slots, function: Callable[..., Any], *args: object
+    ) -> Any:
+        """Call one of the functions that the engine gave to `StateSlots`, and return its result."""
+        ...
+
+
+@contextmanager
+def hooked(listener: Listener) -> Generator[None]:
+    """Let a listener know of all that happens in its sessions' borrows; one listener at a time."""
+    with _one_at_a_time:
+        originals: list[tuple[type, str, object]] = []
+        try:
+            for owner, name, hook in _hooks(listener):
+                originals.append((owner, name, vars(owner)[name]))
+                setattr(owner, name, hook)
+            yield
+        finally:
+            for owner, name, original in originals:
+                setattr(owner, name, original)
+
+
+def _hooks(listener: Listener) -> Iterator[tuple[type, str, object]]:
+    for name in METHODS:
+        yield BorrowedState, name, _method(listener, name)
+    for name in PROPERTIES:
+        yield BorrowedState, name, _property(listener, name)
+    yield BorrowedState, "_take", _take(listener)
+    yield BorrowedState, "_end", _end(listener, BorrowedState, lambda block: [block._session])
+    yield (
+        BorrowedBatch,
+        "_end",
+        _end(listener, BorrowedBatch, lambda block: [state._session for state in block._states]),
+    )
+    for name in FUNCTIONS:
+        yield StateSlots, name, _function(listener, name)
+
+
+def _method(listener: Listener, name: str) -> Callable[..., Any]:
+    original: Callable[..., Any] = vars(BorrowedState)[name]
+
+    @wraps(original)
+    def method(state: State, *args: Any, **kwargs: Any) -> Any:
+        if not listener.knows(state._session):
+            return original(state, *args, **kwargs)
+        return listener.in_borrow(name, partial(original, state, *args, **kwargs))
+
+    return method
+
+
+def _property(listener: Listener, name: str) -> property:
+    original: property = vars(BorrowedState)[name]
+    get, put = original.fget, original.fset
+    assert get is not None
+
+    def getter(state: State) -> Any:
+        if not listener.knows(state._session):
+            return get(state)
+        return listener.in_borrow(name, partial(get, state))
+
+    def setter(state: State, value: object) -> None:
+        assert put is not None
+        if not listener.knows(state._session):
+            put(state, value)
+        else:
+            listener.assigned(state._slots, value)
+            listener.in_borrow(f"{name} =", partial(put, state, value))
+
+    return property(getter, None if put is None else setter, doc=original.__doc__)
+
+
+def _take(listener: Listener) -> Callable[..., None]:
+    original: Callable[..., None] = vars(BorrowedState)["_take"]
+
+    def take(state: State, lease: Any) -> None:
+        if not listener.knows(state._session):
+            original(state, lease)
+            return
+
+        def borrow() -> None:
+            original(state, lease)
+            listener.borrowed(state._session, state._slots)
+
+        listener.in_borrow("borrow", borrow)
+
+    return take
+
+
+def _end(
+    listener: Listener, owner: type, sessions: Callable[[Any], list[Session]]
+) -> Callable[..., None]:
+    original: Callable[..., None] = vars(owner)["_end"]
+
+    def end(block: Any, *exc_info: Any) -> None:
+        if any(map(listener.knows, sessions(block))):
+            listener.in_borrow("end of borrow", partial(original, block, *exc_info))
+        else:
+            original(block, *exc_info)
+
+    return end
+
+
+def _function(listener: Listener, name: str) -> property:
+    slot = vars(StateSlots)[name]
+
+    def getter(slots: Slots) -> Callable[..., Any] | None:
+        function: Callable[..., Any] | None = slot.__get__(slots, StateSlots)
+        if function is None or not listener.knows_slots(slots):
+            return function
+        return partial(listener.in_function, name, slots, function)
+
+    return property(getter, slot.__set__, doc=slot.__doc__)

@@ -1,0 +1,227 @@
+"""The kit: runs the checks, looks for the shortest sequence of calls that breaks one, and tells of it."""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from functools import cached_property
+from typing import Final
+from unittest import SkipTest
+
+import pytest
+from attrs import define, field
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import seed as seeded
+from hypothesis import strategies as st
+from hypothesis.errors import Flaky
+
+from inference_session.engine import Engine
+from inference_session.testing._checks import CHECKS, Check
+from inference_session.testing._choices import Choices
+from inference_session.testing._hooks import hooked
+from inference_session.testing._reference import Reference
+from inference_session.testing._report import BrokenError, ConclusiveError, Report
+from inference_session.testing._run import Run
+from inference_session.testing._strength import weakness
+from inference_session.testing._watch import Watch
+
+
+MAX_EXAMPLES: Final = 20
+HEALTH_CHECKS: Final = (
+    HealthCheck.data_too_large,
+    HealthCheck.filter_too_much,
+    HealthCheck.large_base_example,
+    HealthCheck.too_slow,
+)
+SHRINKS: Final = 20
+"""How many times `max_examples` are spent to shorten what was found."""
+
+
+def check_engine(
+    make_engine: Callable[[], Engine],
+    *,
+    vocab_size: int,
+    only: Collection[str] | None = None,
+    skip: Mapping[str, str] | None = None,
+    max_examples: int = MAX_EXAMPLES,
+    seed: int = 0,
+) -> None:
+    """Check that an engine keeps the state of its sessions right.
+
+    Args:
+        make_engine: returns a new engine each time. It may give them all the same model, as long as that keeps nothing
+            of a session. At most 8 sessions are open at a time in an engine, with at most 64 tokens each.
+        vocab_size: tokens are ints from 0 to `vocab_size` - 1.
+        only: names of the checks to run, if not all.
+        skip: names of checks not to run, and for each the reason why.
+        max_examples: how many sequences of calls each check tries.
+        seed: decides which ones are tried: the same seed, the same calls.
+
+    Raises:
+        AssertionError: if a promise is broken. It tells which, what was expected, the shortest sequence of calls found
+            that shows it, and how to run it again.
+    """
+    kit = Kit(make_engine, vocab_size, max_examples, seed)
+    for check in selected(only, skip):
+        if check.name not in (skip or {}):
+            with suppress(SkipTest):
+                kit.run(check)
+
+
+def parametrize_with_checks(
+    make_engine: Callable[[], Engine],
+    *,
+    vocab_size: int,
+    only: Collection[str] | None = None,
+    skip: Mapping[str, str] | None = None,
+    max_examples: int = MAX_EXAMPLES,
+    seed: int = 0,
+) -> pytest.MarkDecorator:
+    """Make each check of an engine a test of its own.
+
+    The test that is decorated gets it as `check`, and calls it. Arguments are those of `check_engine`; what is skipped
+    shows as skipped, with its reason.
+    """
+    kit = Kit(make_engine, vocab_size, max_examples, seed)
+    reasons = skip or {}
+
+    def bound(check: Check) -> Callable[[], None]:
+        return lambda: kit.run(check)
+
+    return pytest.mark.parametrize(
+        "check",
+        [
+            pytest.param(
+                bound(check),
+                id=check.name,
+                marks=[pytest.mark.skip(reason=reasons[check.name])]
+                if check.name in reasons
+                else [],
+            )
+            for check in selected(only, skip)
+        ],
+    )
+
+
+def selected(only: Collection[str] | None, skip: Mapping[str, str] | None) -> list[Check]:
+    """Return the checks to be run, in their order.
+
+    Raises:
+        TypeError: if `only` or `skip` isn't what it should be.
+        ValueError: if there's no check of some name, or none is left.
+    """
+    if isinstance(only, str):
+        raise TypeError(f"only must be a collection of names, got a single one: use [{only!r}]")
+    if skip is not None and not isinstance(skip, Mapping):
+        raise TypeError("skip must be a mapping from the name of a check to the reason")
+    unknown = {*(only or ()), *(skip or ())} - CHECKS.keys()
+    if unknown:
+        raise ValueError(
+            f"no check is called {', '.join(map(repr, sorted(unknown)))}; the checks are {', '.join(CHECKS)}"
+        )
+    checks = [check for check in CHECKS.values() if only is None or check.name in only]
+    if not checks:
+        raise ValueError("only names no check, so nothing would be checked")
+    return checks
+
+
+@define(eq=False, slots=False)
+class Kit:
+    """An engine to be checked, and how thoroughly."""
+
+    make_engine: Callable[[], Engine]
+    vocab_size: int
+    max_examples: int
+    seed: int
+    _watch: Watch = field(init=False, factory=Watch)
+
+    def run(self, check: Check) -> None:
+        """Run a check."""
+        __tracebackhide__ = True
+        with hooked(self._watch):
+            search = Search(self, check, self._watch)
+            search.run()
+        if search.best is not None:
+            raise AssertionError(str(self._report(check, search))) from search.best.__cause__
+        if self._weakness is not None:
+            raise AssertionError(
+                f"{check.name}: this engine is too weak to check, so nothing is proven: {self._weakness}.\n"
+                "Use a model whose next token depends on all tokens: with random weights, large enough ones."
+            )
+        if check.vacuous and not search.proofs:
+            raise SkipTest(check.vacuous)
+
+    @cached_property
+    def _weakness(self) -> str | None:
+        try:
+            return weakness(self.make_engine, self.vocab_size)
+        except Exception as error:  # noqa: BLE001 whatever an engine may raise
+            return f"a simple prefill and decode raised {type(error).__name__}: {error}"
+
+    def _report(self, check: Check, search: "Search") -> Report:
+        assert search.best is not None
+        again = (
+            f'check_engine(make_engine, vocab_size={self.vocab_size}, only=["{check.name}"], '
+            f"max_examples={self.max_examples}, seed={self.seed})\n"
+            f"pytest -k {check.name}"
+        )
+        return Report(check.name, check.promise, search.best, again, search.remark)
+
+
+@define(eq=False)
+class Search:
+    """The search for the shortest sequence of calls that breaks a promise."""
+
+    kit: Kit
+    check: Check
+    watch: Watch
+    best: BrokenError | None = field(init=False, default=None)
+    remark: str = field(init=False, default="")
+    proofs: int = field(init=False, default=0)
+    _tries: int = field(init=False, default=0)
+
+    def run(self) -> None:
+        """Try sequences of calls, and if one breaks the promise, shorter ones."""
+        reference = Reference(self.kit.make_engine)
+
+        @seeded(self.kit.seed)
+        @settings(
+            max_examples=self.kit.max_examples,
+            database=None,
+            deadline=None,
+            derandomize=False,
+            phases=[Phase.generate, Phase.shrink],
+            report_multiple_bugs=False,
+            suppress_health_check=HEALTH_CHECKS,
+            verbosity=Verbosity.quiet,
+        )
+        @given(st.data())
+        def examine(data: st.DataObject) -> None:
+            self._count()
+            choices = Choices(data, self.kit.vocab_size)
+            try:
+                with Run(self.kit.make_engine, self.watch, reference, choices) as run:
+                    self.check.run(run)
+                    self.proofs += run.proofs
+            except BrokenError as broken:
+                self._found(broken)
+                raise
+
+        try:
+            examine()
+        except ConclusiveError as conclusive:
+            self.best = conclusive.broken
+        except Flaky:
+            self.remark = (
+                "The engine doesn't always answer alike: the same calls didn't show it again."
+            )
+        except BrokenError:
+            pass
+
+    def _found(self, broken: BrokenError) -> None:
+        if self.best is None or broken.size < self.best.size:
+            self.best = broken
+
+    def _count(self) -> None:
+        if self.best is not None:
+            self._tries += 1
+            if self._tries > SHRINKS * self.kit.max_examples:
+                raise ConclusiveError(self.best)

@@ -1,0 +1,105 @@
+"""Two threads on one session: one is held up in the middle of its step, and the other comes."""
+
+from collections.abc import Callable, Sequence
+from itertools import permutations
+from threading import Event as Signal
+
+from attrs import define, field
+
+from inference_session._lease import leases
+from inference_session.exceptions import SessionBusyError
+from inference_session.testing import _threads
+from inference_session.testing._report import ConclusiveError
+from inference_session.testing._run import Run, Step, Talk
+from inference_session.testing._threads import Elsewhere
+from inference_session.testing._watch import Trigger
+
+
+A_MOMENT = 0.05
+"""Seconds for which a step may wait for another one that isn't in its borrow."""
+
+
+@define(eq=False)
+class Pause(Trigger):
+    """A stop at an event of a step."""
+
+    talk: Talk
+    reached: Signal = field(init=False, factory=Signal)
+    over: Signal = field(init=False, factory=Signal)
+    in_borrow: bool = field(init=False, default=False)
+    """Whether the session was borrowed when it came to the stop."""
+
+    def act(self) -> None:
+        """Wait until the other thread has had its try."""
+        lease = leases.get(id(self.talk.session))
+        self.in_borrow = lease is not None and lease() is not None
+        self.reached.set()
+        self.over.wait(2 * _threads.PATIENCE)
+
+
+def race(run: Run, talk: Talk, first: Step, second: Step, pause: Pause) -> None:
+    """Do two steps at once, the second when the first has come to its stop."""
+    run.calls.append(f"{first.on(talk)}  # in one thread")
+    run.calls.append(f"{second.on(talk)}  # in another, meanwhile")
+    run.watch.begin_step(pause)
+    one = Elsewhere(_telling(run.call(talk, first), pause.reached)).start()
+    two = Elsewhere(run.call(talk, second))
+    try:
+        if not pause.reached.wait(_threads.PATIENCE):
+            raise ConclusiveError(run.broken("the first step to end", "it hangs"))
+        if pause.fired is not None:
+            run.calls[-2] += f", which stops {pause.fired}"
+            run.proofs += pause.in_borrow
+        two.start()
+        if not two.done(_threads.PATIENCE if pause.in_borrow else A_MOMENT) and pause.in_borrow:
+            raise ConclusiveError(
+                run.broken(
+                    "SessionBusyError at once",
+                    "the second step waits for the first: "
+                    "let a step borrow the session before it waits for a lock",
+                )
+            )
+    finally:
+        pause.over.set()
+    if not (one.done(_threads.PATIENCE) and two.done(_threads.PATIENCE)):
+        raise ConclusiveError(run.broken("both steps to end", "one hangs"))
+    _compare(run, talk, pause, [(first, one), (second, two)])
+    run.check_all()
+
+
+def _compare(
+    run: Run, talk: Talk, pause: Pause, steps: Sequence[tuple[Step, Elsewhere[object]]]
+) -> None:
+    """Find the order in which the steps were taken, and check their results."""
+    won: list[tuple[Step, object]] = []
+    for step, call in steps:
+        try:
+            won.append((step, call.result()))
+        except SessionBusyError as error:
+            if not won and step is steps[1][0]:
+                raise run.broken(
+                    "one of the steps to succeed", "SessionBusyError in both"
+                ) from error
+        except Exception as error:
+            raise run.broken(
+                "success or SessionBusyError", f"{type(error).__name__}: {error}"
+            ) from error
+    if pause.in_borrow and len(won) > 1:
+        raise run.broken("SessionBusyError for the second step", "both steps succeeded")
+    tokens = run.tokens(talk)
+    for order in permutations(won):
+        if tokens == [*talk.history, *(t for step, result in order for t in step.added(result))]:
+            for step, result in order:
+                run.take(talk, step, result)
+            return
+    raise run.broken("the tokens of the steps, one after the other", f"{tokens}")
+
+
+def _telling(call: Callable[[], object], ended: Signal) -> Callable[[], object]:
+    def telling() -> object:
+        try:
+            return call()
+        finally:
+            ended.set()
+
+    return telling

@@ -1,0 +1,56 @@
+"""What a broken promise looks like: what was expected, what came, and the calls that show it."""
+
+from collections.abc import Sequence
+from textwrap import indent
+
+from attrs import frozen
+
+
+class BrokenError(Exception):
+    """A promise that an engine broke. Only the kit sees it; a test gets an `AssertionError` that says the same."""
+
+    def __init__(self, expected: str, got: str, calls: Sequence[str] = ()) -> None:
+        super().__init__(expected, got)
+        self.expected = expected
+        self.got = got
+        self.calls = list(calls)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """How much there is to read: fewer calls are better, then fewer tokens."""
+        return len(self.calls), sum(map(len, self.calls))
+
+
+class ConclusiveError(BaseException):
+    """A promise broken in a way that another try would not show any better, and may take long to."""
+
+    def __init__(self, broken: BrokenError) -> None:
+        super().__init__(broken)
+        self.broken = broken
+
+
+@frozen
+class Report:
+    """What an engine developer reads."""
+
+    check: str
+    promise: str
+    broken: BrokenError
+    again: str
+    remark: str = ""
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.check}: the engine breaks a promise.",
+            f"Promise:   {self.promise}",
+            f"Expected:  {self.broken.expected}",
+            f"Got:       {self.broken.got}",
+        ]
+        if self.broken.calls:
+            parts.append("Shortest sequence of calls found that shows it:")
+            parts.append(indent("\n".join(self.broken.calls), "    "))
+        if self.remark:
+            parts.append(self.remark)
+        parts.append("To run it again:")
+        parts.append(indent(self.again, "    "))
+        return "\n".join(parts)

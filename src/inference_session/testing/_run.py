@@ -1,0 +1,393 @@
+"""A run: an engine and some sessions, whose every call is checked."""
+
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from random import Random
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+from uuid import UUID
+from weakref import ref
+
+from attrs import define, field, frozen
+
+from inference_session import Session
+from inference_session.engine import BorrowedState, DecodeResult, Engine, PrefillResult, StateSlots
+from inference_session.exceptions import SessionBusyError
+from inference_session.testing import _threads
+from inference_session.testing._caches import shared
+from inference_session.testing._choices import Choices
+from inference_session.testing._hooks import Slots
+from inference_session.testing._reference import Reference
+from inference_session.testing._report import BrokenError, ConclusiveError
+from inference_session.testing._watch import Watch
+
+
+T = TypeVar("T")
+
+MOST_SESSIONS: Final = 8
+MOST_TOKENS: Final = 64
+
+
+@define(eq=False)
+class Talk:
+    """One session, and what is known of it."""
+
+    name: str
+    session: Session
+    history: list[int] = field(init=False, factory=list[int])
+    """The tokens that it should have."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def id(self) -> UUID:
+        """The session's id."""
+        return self.session.id
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still be added."""
+        return MOST_TOKENS - len(self.history)
+
+    @property
+    def slots(self) -> Slots | None:
+        """The access to it that its engine has, once it has begun it."""
+        return None if self.session._ledger is None else self.session._ledger.slots
+
+
+@frozen
+class Step:
+    """A call of the engine: prefill these tokens, or decode."""
+
+    tokens: tuple[int, ...] | None = None
+
+    def on(self, talk: Talk) -> str:
+        """Return how it's written."""
+        if self.tokens is None:
+            return f"engine.decode({talk})"
+        return f"engine.prefill({talk}, {list(self.tokens)})"
+
+    def added(self, result: object) -> list[int]:
+        """Return the tokens that it added, by its result."""
+        if self.tokens is not None:
+            return list(self.tokens)
+        return [result.token] if isinstance(result, DecodeResult) else []
+
+
+DECODE: Final = Step()
+
+
+def prefill(tokens: Sequence[int]) -> Step:
+    """Return the step that prefills these tokens."""
+    return Step(tuple(tokens))
+
+
+@define(eq=False)
+class Run:
+    """An engine, its sessions, and what was done with them: one example of Hypothesis."""
+
+    make_engine: Callable[[], Engine]
+    watch: Watch
+    reference: Reference
+    choose: Choices
+
+    engine: Engine = field(init=False)
+    calls: list[str] = field(init=False, factory=lambda: ["engine = make_engine()"])
+    proofs: int = field(init=False, default=0)
+    """How often that happened which the check is about."""
+    _talks: list[Talk] = field(init=False, factory=list[Talk])
+    _ids: Random = field(init=False, factory=lambda: Random(1))  # noqa: S311 not for secrets
+
+    def __enter__(self) -> Self:
+        self.watch.reset()
+        self.engine = self.make_engine()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        open_talks = [talk for talk in self._talks if not talk.session.closed]
+        try:
+            if exc is None:
+                for talk in open_talks:
+                    self.close(talk)
+        finally:
+            for talk in open_talks:
+                with suppress(Exception):
+                    talk.session.close()
+
+    # What can be done with sessions
+
+    def open(self, session_id: UUID | None = None) -> Talk:
+        """Make a session."""
+        name = "abcdefgh"[len(self._talks) % MOST_SESSIONS]
+        session_id = session_id or UUID(int=self._ids.getrandbits(128), version=4)
+        talk = Talk(name, Session.with_id(session_id))
+        assert sum(not other.session.closed for other in self._talks) < MOST_SESSIONS
+        self._talks.append(talk)
+        self.watch.add(talk.session)
+        self.calls.append(f'{talk} = Session.with_id(UUID("{session_id}"))')
+        return talk
+
+    def prefill(self, talk: Talk, tokens: Sequence[int]) -> None:
+        """Prefill."""
+        self.step(talk, prefill(tokens))
+
+    def decode(self, talk: Talk) -> int:
+        """Decode a token, and return it."""
+        self.step(talk, DECODE)
+        return talk.history[-1]
+
+    def step(self, talk: Talk, step: Step, *, elsewhere: bool = False) -> None:
+        """Do a step, which must succeed; perhaps in another thread."""
+        self.calls.append(step.on(talk))
+        self.watch.begin_step()
+        call = self.call(talk, step)
+        self.take(talk, step, self.attempt((lambda: self.elsewhere(call)) if elsewhere else call))
+        self.check_all()
+
+    def evict(self, talk: Talk) -> None:
+        """Free a session's KV cache."""
+        slots = talk.slots
+        if slots is not None:
+            self.calls.append(f"slots.evict({talk})")
+            self.watch.begin_step()
+            self.attempt(lambda: slots.evict(talk.session))
+            self.check_all()
+
+    def rewind(self, talk: Talk, length: int) -> None:
+        """Forget all but the first tokens."""
+        if talk.slots is not None:
+            self.calls.append(f"with slots.borrow({talk}) as state: state.rewind({length})")
+            self.attempt(lambda: self.borrowing(talk, lambda state: state.rewind(length)))
+            del talk.history[length:]
+            self.check_all()
+
+    def reuse_prefix(self, talk: Talk, tokens: Sequence[int]) -> None:
+        """Go on with other tokens, from what they have in common with the present ones."""
+        if talk.slots is not None:
+            tokens = list(tokens)
+            self.calls.append(f"with slots.borrow({talk}) as state: state.reuse_prefix({tokens})")
+            self.attempt(lambda: self.borrowing(talk, lambda state: state.reuse_prefix(tokens)))
+            talk.history = list(tokens)
+            self.check_all()
+
+    def close(self, talk: Talk) -> None:
+        """Close a session."""
+        self.calls.append(f"{talk}.close()")
+        self.watch.begin_step()
+        self.attempt(talk.session.close)
+        self.closed(talk)
+
+    def closed(self, talk: Talk) -> None:
+        """Check that a session that was closed has let go of everything."""
+        talk.history = []
+        if talk.session._ledger is not None:
+            raise self.broken("the state of a closed session to be freed", "it is still borrowed")
+        self.check_books()
+
+    def refuse(self, talk: Talk, step: Step, error: type[Exception]) -> None:
+        """Do a step that must be refused."""
+        self.calls.append(step.on(talk))
+        self.watch.begin_step()
+        call = self.call(talk, step)
+        try:
+            call()
+        except error:
+            pass
+        except Exception as raised:
+            raise self.broken(error.__name__, f"{type(raised).__name__}: {raised}") from raised
+        else:
+            raise self.broken(error.__name__, "the step went on")
+        self.check_all()
+
+    def reopen(self, talk: Talk) -> None:
+        """Put a new session with the same id in the place of one that was closed."""
+        self.calls.append(f'{talk} = Session.with_id(UUID("{talk.id}"))')
+        talk.session = Session.with_id(talk.id)
+        self.watch.add(talk.session)
+
+    def open_foreign(self, tokens: Sequence[int]) -> Talk:
+        """Make a session, and begin it by something else than the engine."""
+        talk = self.open()
+        talk.history = list(tokens)
+        self.calls.append(
+            f"with StateSlots(create=list, length=len).borrow({talk}) as state: "
+            f"state.append({talk.history})"
+        )
+        with StateSlots(create=list[int], length=len).borrow(talk.session) as state:
+            state.append(talk.history)
+        return talk
+
+    @property
+    def last(self) -> Talk:
+        """The session that was opened last."""
+        return self._talks[-1]
+
+    def drop_last(self) -> None:
+        """Forget the session that was opened last, without closing it."""
+        talk = self._talks.pop()
+        self.calls.append(f"del {talk}")
+        session = ref(talk.session)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            del talk
+            if session() is not None:
+                gc.collect()
+        kept = session()
+        if kept is not None:
+            with suppress(Exception):
+                kept.close()
+            raise self.broken("the session to be garbage", "something still refers to it")
+        self.check_all()
+
+    # What steps are made of
+
+    def call(self, talk: Talk, step: Step) -> Callable[[], object]:
+        """Return the call of the engine that a step is."""
+        if step.tokens is None:
+            return lambda: self.engine.decode(talk.session)
+        tokens = list(step.tokens)
+        return lambda: self.engine.prefill(talk.session, tokens)
+
+    def elsewhere(self, call: Callable[[], T]) -> T:
+        """Call something in another thread."""
+        other = _threads.Elsewhere(call).start()
+        if not other.done(_threads.PATIENCE):
+            raise ConclusiveError(
+                self.broken(
+                    "the step to end",
+                    f"it still waits after {_threads.PATIENCE:g} seconds in another thread than the one "
+                    "of the step before: is there a lock that a failed step doesn't release?",
+                )
+            )
+        return other.result()
+
+    def borrowing(self, talk: Talk, do: Callable[[BorrowedState[Any]], T]) -> T:
+        """Borrow a session as its engine does, for something that engines can't be asked for."""
+        assert talk.slots is not None
+        borrow: AbstractContextManager[BorrowedState[Any], None] = talk.slots.borrow(talk.session)
+        with borrow as state:
+            return do(state)
+
+    def attempt(self, call: Callable[[], T]) -> T:
+        """Call something that must succeed."""
+        try:
+            return call()
+        except Exception as error:
+            raise self.broken("no error", f"{type(error).__name__}: {error}") from error
+
+    def take(self, talk: Talk, step: Step, result: object) -> None:
+        """Compare the result of a step with what it should be."""
+        if step.tokens is not None:
+            if not isinstance(result, PrefillResult):
+                raise self.broken("a PrefillResult", f"{type(result).__name__}")
+            if result.tokens_processed != len(step.tokens):
+                raise self.broken(
+                    f"tokens_processed={len(step.tokens)}",
+                    f"tokens_processed={result.tokens_processed}",
+                )
+            talk.history += step.tokens
+            return
+        if not isinstance(result, DecodeResult):
+            raise self.broken("a DecodeResult", f"{type(result).__name__}")
+        token: object = result.token
+        if type(token) is not int or not 0 <= token < self.choose.vocab_size:
+            raise self.broken(
+                f"a token, an int from 0 to {self.choose.vocab_size - 1}",
+                f"{token!r} of type {type(token).__name__}",
+            )
+        self.compare(talk, token)
+        talk.history.append(token)
+
+    def compare(self, talk: Talk, token: int) -> None:
+        """Compare the token that was decoded with what a fresh session would decode."""
+        expected = self.ask(talk, self.reference.next_token)
+        if token == expected:
+            return
+        expected = self.ask(talk, self.reference.next_token_of_new_engine)
+        after = f"after the tokens {talk.history}"
+        if token == expected:
+            raise ConclusiveError(
+                BrokenError(
+                    f"token {expected} {after}, as of a new engine",
+                    "another one of an engine that had served other sessions before, all closed by now",
+                )
+            )
+        self.calls[-1] += f"  # -> {token}, expected {expected}"
+        raise self.broken(
+            f"token {expected} {after}, as of a fresh session with the same id", f"{token}"
+        )
+
+    def ask(self, talk: Talk, reference: Callable[[UUID, Sequence[int]], int]) -> int:
+        """Return what the reference says to a session's tokens."""
+        try:
+            return reference(talk.id, talk.history)
+        except Exception as error:
+            raise BrokenError(
+                "no error",
+                f"{type(error).__name__}: {error}",
+                [
+                    "engine = make_engine()",
+                    f'a = Session.with_id(UUID("{talk.id}"))',
+                    prefill(talk.history).on(Talk("a", talk.session)),
+                    "engine.decode(a)",
+                ],
+            ) from error
+
+    # What must always hold
+
+    def check_all(self) -> None:
+        """Check that all sessions have the tokens that they should, and KV caches of their own."""
+        self.watch.begin_step()
+        for talk in self._talks:
+            if not talk.session.closed:
+                self.check(talk)
+        if shared(talk.session for talk in self._talks):
+            raise self.broken("a KV cache for each session", "two sessions have the same")
+        self.check_books()
+
+    def check(self, talk: Talk) -> None:
+        """Check that a session isn't borrowed, and has the tokens that it should."""
+        history = self.tokens(talk)
+        if history != talk.history:
+            raise self.broken(f"the tokens of session {talk} to be {talk.history}", f"{history}")
+        if talk.session.token_count != len(history):
+            raise self.broken(
+                f"{talk}.token_count to be {len(history)}", f"{talk.session.token_count}"
+            )
+
+    def tokens(self, talk: Talk) -> list[int]:
+        """Return the tokens that a session has."""
+        if talk.slots is None:
+            return []
+        try:
+            return self.borrowing(talk, lambda state: list(state.token_history))
+        except SessionBusyError as error:
+            raise self.broken("the session to be free again", "it is still borrowed") from error
+        except Exception as error:
+            raise self.broken(
+                "a session that can be borrowed", f"{type(error).__name__}: {error}"
+            ) from error
+
+    def check_books(self) -> None:
+        """Check that nothing was done to KV caches that shouldn't be, and that none is left over."""
+        if self.watch.book.mistakes:
+            raise self.broken(
+                "each KV cache to be one session's, and to be released once",
+                self.watch.book.mistakes[0],
+            )
+        if self.watch.book.left_over(talk.session for talk in self._talks):
+            raise self.broken(
+                "a KV cache that no session has any more to be released", "one that wasn't"
+            )
+
+    def broken(self, expected: str, got: str) -> BrokenError:
+        """Return the error for a broken promise."""
+        return BrokenError(expected, got, self.calls)

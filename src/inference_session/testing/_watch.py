@@ -1,0 +1,120 @@
+"""What is seen of borrows while a check runs, and where something can be made to happen in them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+from weakref import WeakSet
+
+from attrs import define, field, frozen
+
+from inference_session import Session
+from inference_session.testing._caches import CacheBook
+from inference_session.testing._hooks import Slots
+
+
+When: TypeAlias = Literal["before", "after"]
+
+
+@frozen
+class Event:
+    """Something that a step did to its borrowed state, or that the library did to its KV cache."""
+
+    when: When
+    name: str
+    advances: int
+    """How often the step had advanced by then."""
+
+    def __str__(self) -> str:
+        return f"{self.when} {self.name}"
+
+
+@define(eq=False)
+class Trigger(ABC):
+    """Something that is to happen at an event of a step, once."""
+
+    at: Callable[[Event], bool]
+    skip: int
+    """How many events of this kind to let pass."""
+    fired: Event | None = field(init=False, default=None)
+    """Where it happened."""
+
+    @abstractmethod
+    def act(self) -> None:
+        """Do it."""
+
+
+@define(eq=False)
+class Watch:
+    """The listener of a check."""
+
+    book: CacheBook = field(init=False, factory=CacheBook)
+    events: list[Event] = field(init=False, factory=list[Event])
+    """What the present step did so far."""
+    advances: int = field(init=False, default=0)
+    _triggers: list[Trigger] = field(init=False, factory=list[Trigger])
+    _sessions: WeakSet[Session] = field(init=False, factory=WeakSet[Session])
+    _slots: set[Slots] = field(init=False, factory=set[Slots])
+
+    def reset(self) -> None:
+        """Begin with a new engine."""
+        self.book = CacheBook()
+        self._sessions.clear()
+        self._slots.clear()
+        self.begin_step()
+
+    def add(self, session: Session) -> None:
+        """Watch a session."""
+        self._sessions.add(session)
+
+    def begin_step(self, *triggers: Trigger) -> None:
+        """Forget the events of the last step, and its triggers."""
+        self.events, self.advances = [], 0
+        self._triggers = list(triggers)
+
+    def knows(self, session: Session) -> bool:
+        """Whether this session is watched."""
+        return session in self._sessions
+
+    def knows_slots(self, slots: Slots) -> bool:
+        """Whether a watched session was borrowed through this."""
+        return slots in self._slots
+
+    def borrowed(self, session: Session, slots: Slots) -> None:
+        """Take note of a session that was just borrowed."""
+        self._slots.add(slots)
+
+    def assigned(self, slots: Slots, cache: object) -> None:
+        """Take note of a KV cache that a step puts in the place of the present one."""
+        if slots.release is not None:
+            self.book.adopt(cache)
+
+    def in_borrow(self, name: str, call: Callable[[], Any]) -> Any:
+        """Do something to a borrowed state, and let happen what is to happen before and after it."""
+        self._happens("before", name)
+        result = call()
+        if name == "advance":
+            self.advances += 1
+        self._happens("after", name)
+        return result
+
+    def in_function(self, name: str, slots: Slots, function: Callable[..., Any], *args: Any) -> Any:
+        """Call one of the engine's functions, and keep book of KV caches."""
+        self._happens("before", name)
+        result = function(*args)
+        if slots.release is not None:
+            self.book.write(name, args, result)
+        if name == "length" or (name == "truncate" and result is args[0]):
+            # What `create` and a functional `truncate` return would be lost, and it isn't the engine's fault.
+            self._happens("after", name)
+        return result
+
+    def _happens(self, when: When, name: str) -> None:
+        event = Event(when, name, self.advances)
+        self.events.append(event)
+        for trigger in self._triggers:
+            if trigger.fired is None and trigger.at(event):
+                if trigger.skip:
+                    trigger.skip -= 1
+                else:
+                    trigger.fired = event
+                    trigger.act()
