@@ -123,6 +123,13 @@ def tests_all(session: nox.Session, attrs: list[str]) -> None:
 
 
 @nox.session
+def kit(session: nox.Session) -> None:
+    """Test the conformance kit: right engines pass, and every broken one is caught."""
+    session.install(".", *group("newest", "tests"))
+    session.run("python", "-m", "pytest", "tests/kit", *session.posargs)
+
+
+@nox.session
 def engines(session: nox.Session) -> None:
     """Test the package with real engines and a real model."""
     session.install(".", *group("newest", "tests", "engines"))
