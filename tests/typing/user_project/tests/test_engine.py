@@ -4,11 +4,11 @@ from collections.abc import Callable
 from uuid import uuid4
 
 import pytest
-from inference_session.testing import check_engine, parametrize_with_checks
 
 from inference_session import Session
 from inference_session.engine import Engine
 from inference_session.exceptions import SessionBusyError, SessionNotFoundError
+from inference_session.testing import check_engine, parametrize_with_checks
 from toy_engine import VOCABULARY, Server, ToyEngine
 
 
