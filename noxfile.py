@@ -197,15 +197,14 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation, and run the samples in it, in README.md and in docstrings."""
+    """Build the documentation, check it, and run the samples in it, in README.md and in docstrings."""
     session.install(".", *group("docs"))
-    session.run(
-        "sphinx-build", "-E", "-n", "-W", "--keep-going", "docs", f"{session.create_tmp()}/html"
-    )
-    session.run(
-        *("python", "-m", "pytest", "-p", "docs.samples", *ignored("*.md")),
-        *("README.md", "docs", "src"),
-    )
+    html = f"{session.create_tmp()}/html"
+    session.run("sphinx-build", "-E", "-n", "-W", "--keep-going", "docs", html)
+    session.run("python", "-m", "pytest", "tests/docs", env={"BUILT_SITE": html})
+    pages = {page.as_posix() for page in (*Path().glob("*.md"), *Path("docs").glob("**/*.md"))}
+    pages -= set(files("*.md", *LIBRARIES))
+    session.run("python", "-m", "pytest", "-p", "docs.samples", *sorted(pages), "src")
 
 
 @nox.session

@@ -12,7 +12,7 @@ from sphinx.ext.napoleon.docstring import GoogleDocstring
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from docs import picture  # noqa: E402
+from docs import errors, picture  # noqa: E402
 
 
 project = "inference-session"
@@ -28,7 +28,7 @@ default_role = "code"
 
 # The order of the source is the order of importance.
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 
 # A build must not need the network, so there is nothing to link the standard library to.
 nitpick_ignore_regex = [
@@ -43,12 +43,13 @@ html_title = f"{project} {release}"
 
 
 def setup(app: Sphinx) -> None:
-    """Draw what is drawn, and turn the docstrings' "Raises:" and the like into fields.
+    """Write what is written by programs, and turn the docstrings' "Raises:" and the like into fields.
 
     The napoleon extension would do so, too, but takes what precedes a colon in an attribute's docstring for its type.
     """
     app.connect("autodoc-process-docstring", _convert_sections)
     picture.draw(HERE / "_build" / "concepts.svg")
+    errors.write(HERE / "_build" / "errors.md")
 
 
 def _convert_sections(*event: object) -> None:

@@ -1,4 +1,7 @@
-"""A pytest plugin that runs the samples in Markdown files and in the package's docstrings."""
+"""A pytest plugin that runs the samples in Markdown files and in the package's docstrings.
+
+All of them: none can be marked to be skipped.
+"""
 
 from doctest import ELLIPSIS
 from pathlib import Path
@@ -10,12 +13,12 @@ from sybil.parsers import myst, rest
 ROOT = str(Path(__file__).parents[1])
 
 markdown = Sybil(
-    parsers=[myst.PythonCodeBlockParser(doctest_optionflags=ELLIPSIS), myst.SkipParser()],
+    parsers=[myst.PythonCodeBlockParser(doctest_optionflags=ELLIPSIS)],
     path=ROOT,
     patterns=["*.md"],
 )
 docstrings = Sybil(
-    parsers=[rest.DocTestParser(optionflags=ELLIPSIS), rest.SkipParser()],
+    parsers=[rest.DocTestParser(optionflags=ELLIPSIS)],
     path=ROOT,
     patterns=["src/**/*.py"],
 )

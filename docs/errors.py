@@ -1,0 +1,26 @@
+"""Writes the table of errors that heads the reference: when you get each, and when you don't, as its docstring says."""
+
+import inspect
+from pathlib import Path
+
+from inference_session import exceptions
+
+
+NOT = "You do *not* get it"
+
+
+def when(error: type[Exception]) -> tuple[str, str]:
+    """Return when you get an error, and when you don't."""
+    paragraphs = [" ".join(part.split()) for part in (inspect.getdoc(error) or "").split("\n\n")]
+    (about_not,) = (part for part in paragraphs if NOT in part)
+    return paragraphs[0], about_not.partition(NOT)[2].strip(" ,")
+
+
+def write(path: Path) -> None:
+    """Write the table, the root of all errors first."""
+    lines = ["| error | means | you do *not* get it |", "| --- | --- | --- |"]
+    for name in sorted(exceptions.__all__, key=lambda name: (name != "SessionError", name)):
+        means, do_not = when(getattr(exceptions, name))
+        lines.append(f"| {{py:exc}}`~{exceptions.__name__}.{name}` | {means} | {do_not} |")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,56 @@
+"""Every code sample is run: in the README, on the site's pages and in docstrings."""
+
+import re
+from pathlib import Path
+
+import pytest
+from docs import samples
+from markdown_it import MarkdownIt
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+SOURCES = sorted(ROOT.glob("src/**/*.py"))
+UNRUN = re.compile(
+    r"^ *[`~:]{3,} *\{(code|code-block|sourcecode|doctest|parsed-literal)\}", re.MULTILINE
+)
+"""Other ways to write code, which nothing runs."""
+
+LANGUAGES = {"python", "console", "json", "python-console", "rust", "sh", "text", "toml"}
+"""What a sample may be in. `python` is run, and nothing else is Python by another name."""
+
+
+def fences(page: Path) -> list[str]:
+    """Return the languages of a page's code blocks, leaving out directives of the site."""
+    tokens = MarkdownIt().parse(page.read_text("utf-8"))
+    languages = [token.info.strip() for token in tokens if token.type == "fence"]
+    assert not any(token.type == "code_block" for token in tokens), "indented code has no language"
+    return [language for language in languages if not language.startswith("{")]
+
+
+def test_pages_are_found() -> None:
+    """There are pages with samples to look at."""
+    assert sum(fences(page).count("python") for page in PAGES) > 15
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_languages(page: Path) -> None:
+    """No sample hides from being run by a name such as `py` or `{code-block} python`, or by none at all."""
+    assert set(fences(page)) <= LANGUAGES
+    assert not UNRUN.search(page.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_sample_is_run(page: Path) -> None:
+    """What runs the samples sees each `python` block of a page, the invisible ones included."""
+    seen = list(samples.markdown.parse(page).examples())
+    invisible = page.read_text("utf-8").count("invisible-code-block: python")
+    assert len(seen) == fences(page).count("python") + invisible
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_docstrings(source: Path) -> None:
+    """Samples in docstrings are doctests, which are run; a literal block would not be."""
+    text = source.read_text("utf-8")
+    assert not re.search(r"```|::$|\.\. code", text, re.MULTILINE)
+    assert len(list(samples.docstrings.parse(source).examples())) >= (">>> " in text)
