@@ -79,7 +79,7 @@ def published(session: nox.Session) -> Generator[str]:
     """Give the path of the built wheel, and meanwhile be in the unpacked sdist, far from any sources of the package."""
     (wheel,), (sdist,) = Path("dist").glob("*.whl"), Path("dist").glob("*.tar.gz")
     wheel = wheel.resolve()
-    session.run("pip", "uninstall", "--yes", "--quiet", PYPROJECT["project"]["name"], silent=True)
+    session.install("--force-reinstall", "--no-deps", str(wheel))  # even if it's the same version
     with TemporaryDirectory() as directory:
         shutil.unpack_archive(sdist, directory, filter="data")
         (root,) = Path(directory).iterdir()

@@ -20,6 +20,11 @@ LANGUAGES = {"python", "console", "json", "python-console", "rust", "sh", "text"
 """What a sample may be in. `python` is run, and nothing else is Python by another name."""
 
 
+def as_id(path: Path) -> str:
+    """Return what to call a file in the names of tests."""
+    return path.relative_to(ROOT).as_posix()
+
+
 def fences(page: Path) -> list[str]:
     """Return the languages of a page's code blocks, leaving out directives of the site."""
     tokens = MarkdownIt().parse(page.read_text("utf-8"))
@@ -33,14 +38,14 @@ def test_pages_are_found() -> None:
     assert sum(fences(page).count("python") for page in PAGES) > 15
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=as_id)
 def test_languages(page: Path) -> None:
     """No sample hides from being run by a name such as `py` or `{code-block} python`, or by none at all."""
     assert set(fences(page)) <= LANGUAGES
     assert not UNRUN.search(page.read_text("utf-8"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=as_id)
 def test_every_sample_is_run(page: Path) -> None:
     """What runs the samples sees each `python` block of a page, the invisible ones included."""
     seen = list(samples.markdown.parse(page).examples())
@@ -48,7 +53,7 @@ def test_every_sample_is_run(page: Path) -> None:
     assert len(seen) == fences(page).count("python") + invisible
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+@pytest.mark.parametrize("source", SOURCES, ids=as_id)
 def test_docstrings(source: Path) -> None:
     """Samples in docstrings are doctests, which are run; a literal block would not be."""
     text = source.read_text("utf-8")

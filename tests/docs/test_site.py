@@ -16,6 +16,7 @@ MODULES = [
     "inference_session",
     "inference_session.engine",
     "inference_session.exceptions",
+    "inference_session.testing",
 ]
 SITE = Path(os.environ["BUILT_SITE"])
 
