@@ -12,10 +12,13 @@ import pytest
 from inference_session import exceptions
 from inference_session.exceptions import (
     BorrowExpiredError,
+    RegistryFullError,
     SessionBusyError,
     SessionClosedError,
     SessionError,
+    SessionExistsError,
     SessionForkedError,
+    SessionNotFoundError,
     SessionOwnerError,
     StateMismatchError,
 )
@@ -26,13 +29,22 @@ OF_A_SESSION = [
     BorrowExpiredError,
     SessionBusyError,
     SessionClosedError,
+    SessionExistsError,
     SessionForkedError,
+    SessionNotFoundError,
     SessionOwnerError,
 ]
-ERRORS = [*(error(SOME_ID) for error in OF_A_SESSION), StateMismatchError(SOME_ID, 5, 3)]
+ERRORS_OF_A_SESSION: list[SessionError] = [
+    *(error(SOME_ID) for error in OF_A_SESSION),
+    StateMismatchError(SOME_ID, 5, 3),
+]
+ERRORS = [*ERRORS_OF_A_SESSION, RegistryFullError(7)]
 CLASSES = [getattr(exceptions, name) for name in exceptions.__all__]
 
 each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+each_of_a_session = pytest.mark.parametrize(
+    "error", ERRORS_OF_A_SESSION, ids=lambda error: type(error).__name__
+)
 each_class = pytest.mark.parametrize("error_class", CLASSES, ids=lambda it: it.__name__)
 
 
@@ -61,17 +73,17 @@ def test_docstring(error_class: type[Exception]) -> None:
 
 @each_error
 def test_message(error: SessionError) -> None:
-    """The message names the session, and reads as a sentence that ends in what to do or what is known."""
+    """The message reads as a sentence that ends in what to do or what is known."""
     text = str(error)
-    assert str(SOME_ID) in text
     assert text[0].islower()
     assert not text.endswith(".")
     assert "\n" not in text
 
 
-@each_error
+@each_of_a_session
 def test_session_id(error: SessionError) -> None:
-    """A server knows by an attribute which session it was."""
+    """A server knows by an attribute which session it was, and a reader by the message."""
+    assert str(SOME_ID) in str(error)
     assert getattr(error, "session_id") == SOME_ID  # noqa: B009 the root hasn't got it
 
 
@@ -81,6 +93,20 @@ def test_mismatch() -> None:
     assert (error.expected, error.actual) == (5, 3)
     assert "should cover 5 tokens" in str(error)
     assert "its length is 3" in str(error)
+
+
+def test_not_found() -> None:
+    """Who treats the registry as a mapping catches a `KeyError`, but gets a message that isn't quoted as a key is."""
+    error = SessionNotFoundError(SOME_ID)
+    assert isinstance(error, KeyError)
+    assert str(error).startswith("there is no open session 1234")
+
+
+def test_full() -> None:
+    """A server learns how many sessions there may be."""
+    error = RegistryFullError(7)
+    assert error.max_sessions == 7
+    assert "all of 7 sessions" in str(error)
 
 
 PICKLERS: list[Callable[[SessionError], SessionError]] = [
@@ -124,7 +150,8 @@ def test_pickling(
 def test_repr(error: SessionError) -> None:
     """A log of the error's `repr` is as good as its message."""
     assert type(error).__name__ in repr(error)
-    assert str(SOME_ID) in repr(error)
+    for value in vars(error).values():
+        assert str(value) in repr(error)
 
 
 @each_error

@@ -17,7 +17,7 @@ import inference_session
 
 
 SURFACE = {
-    "inference_session": ["Session"],
+    "inference_session": ["Session", "SessionRegistry"],
     "inference_session.engine": [
         "BorrowedState",
         "DecodeResult",
@@ -27,10 +27,13 @@ SURFACE = {
     ],
     "inference_session.exceptions": [
         "BorrowExpiredError",
+        "RegistryFullError",
         "SessionBusyError",
         "SessionClosedError",
         "SessionError",
+        "SessionExistsError",
         "SessionForkedError",
+        "SessionNotFoundError",
         "SessionOwnerError",
         "StateMismatchError",
     ],
@@ -98,7 +101,12 @@ def test_star_import() -> None:
 def test_finality() -> None:
     """What must not be subclassed says so to type checkers: engines and the library rely on what these classes are."""
     engine = importlib.import_module("inference_session.engine")
-    for public_class in (inference_session.Session, engine.BorrowedState, engine.StateSlots):
+    for public_class in (
+        inference_session.Session,
+        inference_session.SessionRegistry,
+        engine.BorrowedState,
+        engine.StateSlots,
+    ):
         assert getattr(public_class, "__final__", False)
 
 

@@ -134,8 +134,12 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         Raises:
             StateMismatchError: if the KV cache doesn't cover `kv_length` tokens; nothing is committed then.
         """
-        ledger = self._current()
+        ledger, registration = self._current(), self._session._registration
+        if registration is not None:
+            registration.note(self._session, ledger)
         ledger.savepoint = ledger.new_savepoint()
+        if registration is not None:
+            registration.make_room()
 
     def rewind(self, length: int, *, pending: int = 1) -> None:
         """Forget all but the first `length` tokens of the history.
@@ -246,13 +250,16 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             if exc_type is not None:
                 self._undo(exc)
                 return
+            registration = session._registration
             try:
+                if registration is not None:
+                    registration.note(session, self._ledger)
                 self._ledger.savepoint = savepoint = self._ledger.new_savepoint()
             except BaseException as failure:
                 self._undo(failure)
                 raise
             self._lease = expired
-            if savepoint[0] > 0:  # what _give_back does, less a call
+            if registration is None and savepoint[0] > 0:  # what _give_back does, less a call
                 leases.pop(id(session), None)
                 if session._closed:
                     session._free()
@@ -290,7 +297,10 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         return session._ledger
 
     def _undo(self, failure: BaseException | None) -> None:
-        self._ledger.roll_back(failure)
+        session, ledger = self._session, self._ledger
+        ledger.roll_back(failure)
+        if session._registration is not None:
+            session._registration.note(session, ledger, failure)
         self._give_back(failure)
 
     def _give_back(self, failure: BaseException | None = None) -> None:

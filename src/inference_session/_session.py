@@ -1,8 +1,10 @@
 """The session: who it is, who has it now, and how it ends."""
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import Any, Final, Never, NoReturn, SupportsIndex, final
+from typing import TYPE_CHECKING, Any, Final, Never, NoReturn, SupportsIndex, final
 from uuid import UUID, uuid4
 from weakref import ref
 
@@ -13,6 +15,9 @@ from inference_session._lease import Lease, leases, replace_dead
 from inference_session._ledger import Ledger
 from inference_session.exceptions import SessionBusyError
 
+
+if TYPE_CHECKING:
+    from inference_session._registry import Registration
 
 _NEVER_A_COPY: Final = (
     "'Session' can't be copied or pickled, as two owners of one KV cache would corrupt it: "
@@ -36,6 +41,8 @@ class Session:
     _generation: int
     _closed: bool
     _ledger: Ledger[Any] | None
+    _registration: "Registration | None"
+    """What is to be told of its use and its closing, if it is in a registry."""
 
     def __init__(self, *args: Never, **kwargs: Never) -> None:
         if args or kwargs:  # attrs.evolve comes here, too
@@ -57,9 +64,7 @@ class Session:
             TypeError: if `id` isn't a `uuid.UUID`.
         """
         if not isinstance(id, UUID):
-            raise TypeError(
-                f"id must be a uuid.UUID, got {type(id).__name__!r}; UUID(text) makes one from a string"
-            )
+            raise not_a_uuid(id)
         session = cls.__new__(cls)
         session._begin(id)
         return session
@@ -70,6 +75,7 @@ class Session:
         self._generation = _fork.generation
         self._closed = False
         self._ledger = None
+        self._registration = None
         self._id = id
 
     @property
@@ -97,7 +103,11 @@ class Session:
         Raises:
             Exception: what `release` raised. The session is closed all the same, and `release` isn't called again.
         """
-        self._closed = True
+        registration = self._registration
+        if registration is None:
+            self._closed = True
+        else:
+            registration.close(self)
         self._free()
 
     def __enter__(self) -> "Session":
@@ -153,37 +163,56 @@ class Session:
 
     def _give_back(self, failure: BaseException | None = None) -> None:
         """End what `_take` began; if the session was closed meanwhile, free its state."""
-        ledger = self._ledger
+        ledger, registration = self._ledger, self._registration
         if ledger is not None and ledger.is_blank():
             self._ledger = None  # any engine may begin it
         leases.pop(id(self), None)
         if self._closed:
             self._free(failure)
+        elif registration is not None:
+            registration.make_room()
 
     def _free(self, failure: BaseException | None = None) -> None:
         """Let go of the state, unless a borrow is under way: that one comes here when it ends."""
-        if self._is_forked():
-            return
-        keeper: _Keeper | None = _Keeper()
+        if not self._is_forked():
+            self._while_free(partial(self._let_go, failure))
+
+    def _let_go(self, failure: BaseException | None, unfinished: bool) -> None:  # noqa: FBT001
+        ledger = self._ledger
+        if ledger is not None:
+            try:
+                ledger.close(failure)
+            except BaseException:
+                if (
+                    not ledger.holds_cache()
+                ):  # else it was interrupted: the next to come here goes on
+                    self._ledger = None
+                raise
+            self._ledger = None
+
+    def _while_free(self, work: Callable[[bool], None]) -> bool:
+        """Do something with the session taken, unless somebody has it, and return whether that was done.
+
+        The work is told whether there is other work to undo. If it fails, the next to take the session undoes it.
+        """
+        keeper: Keeper | None = Keeper()
         try:
             try:
-                self._take(ref(keeper))
+                unfinished = self._take(ref(keeper))
             except SessionBusyError:
-                return
-            ledger = self._ledger
-            if ledger is not None:
-                try:
-                    ledger.close(failure)
-                except BaseException:
-                    if (
-                        not ledger.holds_cache()
-                    ):  # else it was interrupted: the next to come here goes on
-                        self._ledger = None
-                    raise
-                self._ledger = None
+                return False
+            work(unfinished)
             leases.pop(id(self), None)
+            return True
         finally:
             keeper = None  # a traceback must not keep the lease alive
+
+    def _hold(self, lease: Lease) -> Lease | None:
+        """Take the session unless it is borrowed, and return the lease: if it's being closed or evicted, that one's."""
+        last = leases.setdefault(id(self), lease)
+        if last is lease or isinstance(last(), Keeper):
+            return last
+        return lease if last() is None and replace_dead(id(self), last, lease) else None
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(_NEVER_A_COPY)
@@ -198,5 +227,12 @@ class Session:
         )
 
 
-class _Keeper:
-    """Something for a lease to refer to."""
+class Keeper:
+    """What a lease refers to while the library itself has a session, to close or to evict it."""
+
+
+def not_a_uuid(id: object) -> TypeError:  # noqa: A002 it's what it is
+    """Return the error for something that should be an id."""
+    return TypeError(
+        f"id must be a uuid.UUID, got {type(id).__name__!r}; UUID(text) makes one from a string"
+    )

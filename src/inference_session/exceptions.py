@@ -11,10 +11,13 @@ from attrs import define
 
 __all__ = [
     "BorrowExpiredError",
+    "RegistryFullError",
     "SessionBusyError",
     "SessionClosedError",
     "SessionError",
+    "SessionExistsError",
     "SessionForkedError",
+    "SessionNotFoundError",
     "SessionOwnerError",
     "StateMismatchError",
 ]
@@ -126,3 +129,49 @@ class StateMismatchError(SessionError):
             f"the KV cache of session {self.session_id} should cover {self.expected} tokens, "
             f"but its length is {self.actual}"
         )
+
+
+@define(eq=False, slots=False)
+class SessionNotFoundError(SessionError, KeyError):
+    """The registry has no open session with this id.
+
+    It was never opened there, or it was closed since: by anyone, for being idle, or to make room for another. You do
+    *not* get it because a KV cache was evicted: that session is still there, with all of its tokens.
+    """
+
+    session_id: UUID
+    """The id that was looked for."""
+
+    def __str__(self) -> str:
+        return (
+            f"there is no open session {self.session_id} here; "
+            "open one with this id, and feed it the tokens of the conversation"
+        )
+
+
+@define(eq=False, slots=False)
+class SessionExistsError(SessionError):
+    """The registry has an open session with this id already.
+
+    You do *not* get it for the id of a session that was closed, even if a borrow of that one is still under way.
+    """
+
+    session_id: UUID
+    """The id."""
+
+    def __str__(self) -> str:
+        return f"there is an open session {self.session_id} already; look it up, or close it first"
+
+
+@define(eq=False, slots=False)
+class RegistryFullError(SessionError):
+    """The registry has as many sessions as it may have, and each of them is borrowed.
+
+    You do *not* get it while one of them isn't borrowed: the least recently used of those is closed to make room.
+    """
+
+    max_sessions: int
+    """How many sessions the registry may have."""
+
+    def __str__(self) -> str:
+        return f"all of {self.max_sessions} sessions are borrowed; try again when a step has ended"

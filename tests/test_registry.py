@@ -1,0 +1,864 @@
+"""The registry: sessions by their ids, who has to go when there are too many, and what their KV caches may hold."""
+
+# ruff: noqa: PT012 what's tested is how a block fails
+
+import copy
+import gc
+import pickle
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import cloudpickle  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
+import pytest
+
+from inference_session import Session, SessionRegistry, _registry
+from inference_session.engine import StateSlots
+from inference_session.exceptions import (
+    RegistryFullError,
+    SessionBusyError,
+    SessionClosedError,
+    SessionExistsError,
+    SessionNotFoundError,
+)
+
+
+SOME_ID = UUID("12345678-1234-5678-1234-567812345678")
+
+
+class Cache:
+    """A KV cache: its tokens, at a hundred bytes each."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.released = 0
+
+
+class Engine:
+    """An engine that keeps book of its KV caches."""
+
+    def __init__(self) -> None:
+        self.caches: list[Cache] = []
+        self.release_error: BaseException | None = None
+        self.nbytes_error: BaseException | None = None
+        self.slots = StateSlots(
+            create=self.create,
+            length=lambda cache: len(cache.tokens),
+            truncate=self.truncate,
+            release=self.release,
+            nbytes=self.nbytes,
+        )
+
+    def create(self) -> Cache:
+        """Make a cache."""
+        self.caches.append(Cache())
+        return self.caches[-1]
+
+    def truncate(self, cache: Cache, length: int) -> Cache:
+        """Do it in place."""
+        del cache.tokens[length:]
+        return cache
+
+    def release(self, cache: Cache) -> None:
+        """Take a cache back, even if it's told to fail."""
+        cache.released += 1
+        if self.release_error is not None:
+            raise self.release_error
+
+    def nbytes(self, cache: Cache) -> int:
+        """Tell its size."""
+        if self.nbytes_error is not None:
+            raise self.nbytes_error
+        return 100 * len(cache.tokens)
+
+    def step(self, session: Session, count: int = 1) -> None:
+        """Add some tokens, and feed all that are pending."""
+        with self.slots.borrow(session) as state:
+            state.append([7] * count)
+            fed = state.pending
+            state.kv_cache.tokens.extend(fed)
+            state.advance(len(fed))
+
+    def cached(self, session: Session) -> int:
+        """Return how many tokens a session's KV cache covers, without using the session."""
+        ledger = session._ledger
+        return 0 if ledger is None else ledger.kv_length
+
+    def check(self) -> None:
+        """Require that every cache was released once."""
+        assert [cache.released for cache in self.caches] == [1] * len(self.caches)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """Give an engine, and require in the end that it got every cache back, once."""
+    engine = Engine()
+    yield engine
+    gc.collect()
+    engine.check()
+
+
+class Clock:
+    """What `time.monotonic` tells here."""
+
+    now = 1000.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Give a clock that stands still until it's told otherwise."""
+    clock = Clock()
+    monkeypatch.setattr(_registry, "monotonic", lambda: clock.now)
+    return clock
+
+
+@pytest.fixture
+def unraisable(monkeypatch: pytest.MonkeyPatch) -> list[BaseException | None]:
+    """Give the errors that nobody was there to catch."""
+    errors: list[BaseException | None] = []
+
+    def hook(report: "sys.UnraisableHookArgs") -> None:
+        errors.append(report.exc_value)
+
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+    return errors
+
+
+# Opening and looking up
+
+
+def test_open() -> None:
+    """A session that was opened is found by its id, and is the same one."""
+    with SessionRegistry() as registry:
+        one, other = registry.open(), registry.open()
+        assert one.id != other.id
+        assert registry[one.id] is one
+        assert registry.get(other.id) is other
+        assert one.id in registry
+        assert len(registry) == 2
+        assert set(registry) == {one.id, other.id}
+
+
+def test_open_with_an_id() -> None:
+    """A replay, or a server whose client chose the id, gets exactly that one."""
+    with SessionRegistry() as registry:
+        session = registry.open(SOME_ID)
+        assert session.id is SOME_ID
+        assert registry[UUID(str(SOME_ID))] is session
+
+
+def test_unknown_id() -> None:
+    """An id that isn't there is a `KeyError`, as in a dict, and names the id."""
+    with SessionRegistry() as registry:
+        with pytest.raises(SessionNotFoundError) as caught:
+            registry[SOME_ID]
+        assert caught.value.session_id is SOME_ID
+        assert isinstance(caught.value, KeyError)
+        with pytest.raises(SessionNotFoundError):
+            registry.close(SOME_ID)
+        assert registry.get(SOME_ID) is None
+        assert SOME_ID not in registry
+
+
+def test_existing_id() -> None:
+    """A second session under an id never takes the place of the first."""
+    with SessionRegistry() as registry:
+        session = registry.open(SOME_ID)
+        with pytest.raises(SessionExistsError) as caught:
+            registry.open(SOME_ID)
+        assert caught.value.session_id == SOME_ID
+        assert registry[SOME_ID] is session
+        assert not session.closed
+
+
+def test_existing_id_in_a_full_registry() -> None:
+    """Nobody has to go for a session that isn't opened."""
+    with SessionRegistry(max_sessions=2) as registry:
+        registry.open()
+        registry.open(SOME_ID)
+        with pytest.raises(SessionExistsError):
+            registry.open(SOME_ID)
+        assert len(registry) == 2
+
+
+@pytest.mark.parametrize("wrong", [str(SOME_ID), SOME_ID.int, SOME_ID.bytes, b"", 1.0, Session()])
+def test_ids_are_uuids(wrong: Any) -> None:
+    """What isn't a `UUID` is told so everywhere: a string from a request would otherwise just never be found."""
+    registry = SessionRegistry()
+    calls: list[Callable[[Any], object]] = [
+        registry.open,
+        registry.__getitem__,
+        registry.get,
+        registry.__contains__,
+        registry.close,
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=rf"must be a uuid\.UUID, got '{type(wrong).__name__}'"):
+            call(wrong)
+    assert len(registry) == 0
+
+
+def test_iteration_is_over_a_snapshot() -> None:
+    """A loop over the ids may open and close sessions."""
+    with SessionRegistry() as registry:
+        ids = {registry.open().id for _ in range(5)}
+        seen: set[UUID] = set()
+        for id in registry:  # noqa: A001
+            registry.close(id)
+            registry.open()
+            seen.add(id)
+        assert seen == ids
+
+
+@pytest.mark.parametrize(
+    ("limits", "error"),
+    [
+        ({"max_sessions": 0}, ValueError),
+        ({"max_sessions": -1}, ValueError),
+        ({"max_sessions": 1.5}, TypeError),
+        ({"max_sessions": "5"}, TypeError),
+        ({"max_kv_bytes": -1}, ValueError),
+        ({"max_kv_bytes": 1e9}, TypeError),
+        ({"idle_timeout": 0}, ValueError),
+        ({"idle_timeout": -1.0}, ValueError),
+        ({"idle_timeout": float("nan")}, ValueError),
+        ({"idle_timeout": "60"}, TypeError),
+    ],
+    ids=repr,
+)
+def test_wrong_limits(limits: dict[str, Any], error: type[Exception]) -> None:
+    """A limit that makes no sense is refused at once, by its name."""
+    with pytest.raises(error, match=next(iter(limits))):
+        SessionRegistry(**limits)
+
+
+# Closing
+
+
+def test_close_one(engine: Engine) -> None:
+    """A session closed by its id is closed, released and gone."""
+    with SessionRegistry() as registry:
+        session, other = registry.open(), registry.open()
+        engine.step(session)
+        registry.close(session.id)
+        assert session.closed
+        assert session.id not in registry
+        assert set(registry) == {other.id}
+        engine.check()
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+def test_closed_by_anyone(engine: Engine, *, borrowed: bool) -> None:
+    """A session that somebody else closes leaves the registry at once, even in mid-borrow."""
+    with SessionRegistry(max_kv_bytes=1000) as registry:
+        session = registry.open(SOME_ID)
+        engine.step(session)
+        if borrowed:
+            with engine.slots.borrow(session):
+                session.close()
+                assert SOME_ID not in registry
+                other = registry.open(SOME_ID)
+        else:
+            session.close()
+            assert SOME_ID not in registry
+            other = registry.open(SOME_ID)
+        session.close()
+        assert registry[SOME_ID] is other
+        assert registry._kv_total == 0
+        engine.check()
+
+
+def test_removal_is_by_identity(engine: Engine) -> None:
+    """The late end of an old session doesn't touch the new one with its id: not its place, nor its KV cache."""
+    with SessionRegistry(max_kv_bytes=1000) as registry:
+        old = registry.open(SOME_ID)
+        with engine.slots.borrow(old) as state:
+            state.append([1])
+            state.kv_cache.tokens.append(1)
+            state.advance(1)
+            registry.close(SOME_ID)
+            new = registry.open(SOME_ID)
+            engine.step(new, 3)
+            state.commit()
+        old.close()
+        assert registry[SOME_ID] is new
+        assert not new.closed
+        assert registry._kv_total == 300
+
+
+def test_closed_sessions_are_let_go(engine: Engine) -> None:
+    """Nothing in the registry keeps a closed session alive, nor does it take the garbage collector to free it."""
+    gc.disable()
+    try:
+        registry = SessionRegistry(max_sessions=3, idle_timeout=60, max_kv_bytes=1000)
+        ways: list[Callable[[Session], object]] = [
+            Session.close,
+            lambda session: registry.close(session.id),
+            lambda session: [registry.open() for _ in range(3)],
+            lambda session: registry.close(),
+        ]
+        for close in ways:
+            session = registry.open()
+            engine.step(session)
+            reference = weakref.ref(session)
+            close(session)
+            assert session.closed
+            del session
+            assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_a_registry_that_is_dropped(engine: Engine) -> None:
+    """A registry that is dropped lets its sessions go at once; one that somebody still has works on."""
+    gc.disable()
+    try:
+        registry = SessionRegistry(idle_timeout=60, max_kv_bytes=100)
+        session, other = registry.open(), registry.open()
+        engine.step(other)
+        reference = weakref.ref(other)
+        del other
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            del registry
+        assert reference() is None
+        engine.step(session, 5)
+        with pytest.raises(MemoryError), engine.slots.borrow(session):
+            raise MemoryError
+        assert engine.cached(session) == 5
+        session.close()
+        assert session.closed
+    finally:
+        gc.enable()
+
+
+def test_close_all(engine: Engine) -> None:
+    """At the end of its block a registry closes all sessions, those that are borrowed too; then it opens no more."""
+    registry = SessionRegistry()
+    with registry as entered:
+        assert entered is registry
+        idle, borrowed = registry.open(), registry.open(SOME_ID)
+        engine.step(idle)
+        borrow = engine.slots.borrow(borrowed)
+        borrow.__enter__()
+    assert idle.closed
+    assert borrowed.closed
+    assert len(registry) == 0
+    borrow.__exit__(None, None, None)
+    with pytest.raises(RuntimeError, match="registry is closed"):
+        registry.open()
+    with pytest.raises(SessionNotFoundError):
+        registry[SOME_ID]
+    registry.close()
+
+
+def test_close_all_when_release_fails(engine: Engine) -> None:
+    """However many fail to release, all are closed; the first error is raised, and tells of the others."""
+    registry = SessionRegistry()
+    sessions = [registry.open() for _ in range(3)]
+    for session in sessions:
+        engine.step(session)
+    engine.release_error = ConnectionError("gone")
+    with pytest.raises(ConnectionError) as caught:
+        registry.close()
+    assert caught.value is engine.release_error
+    assert len(caught.value.__notes__) == 2
+    assert all(session.closed for session in sessions)
+    assert len(registry) == 0
+
+
+# Too many
+
+
+def test_the_least_recently_used_goes() -> None:
+    """Over `max_sessions` the one is closed that was longest not looked up."""
+    with SessionRegistry(max_sessions=3) as registry:
+        first, second, third = (registry.open() for _ in range(3))
+        assert registry[first.id] is first
+        assert registry.get(third.id) is third
+        assert second.id in registry  # no use
+        registry.open()
+        assert [session.closed for session in (first, second, third)] == [False, True, False]
+        registry.open()
+        assert [session.closed for session in (first, third)] == [True, False]
+        assert len(registry) == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_borrow_is_a_use(engine: Engine, *, batch: bool, fails: bool) -> None:
+    """Borrowing keeps a session in the registry, even if it wasn't looked up, and even if the step failed."""
+    with SessionRegistry(max_sessions=2) as registry:
+        first, second = registry.open(), registry.open()
+        try:
+            with engine.slots.borrow_all([first]) if batch else engine.slots.borrow(first):
+                if fails:
+                    raise MemoryError  # noqa: TRY301
+        except MemoryError:
+            pass
+        registry.open()
+        assert [first.closed, second.closed] == [False, True]
+
+
+def test_a_refused_borrow_is_no_use(engine: Engine) -> None:
+    """A borrow that fails changes nothing."""
+    with SessionRegistry(max_sessions=2) as registry:
+        first, second = registry.open(), registry.open()
+        with engine.slots.borrow(second):
+            for batch in ([second], [first, second]):
+                with pytest.raises(SessionBusyError), engine.slots.borrow_all(batch):
+                    pass
+        registry.open()
+        assert [first.closed, second.closed] == [True, False]
+
+
+def test_borrowed_ones_stay(engine: Engine) -> None:
+    """A session that is borrowed is passed over, however long ago that began."""
+    with SessionRegistry(max_sessions=3) as registry:
+        first, second, third = (registry.open() for _ in range(3))
+        with engine.slots.borrow_all([first, third]):
+            registry.open()
+            assert [session.closed for session in (first, second, third)] == [False, True, False]
+            registry.open()
+            assert [first.closed, third.closed] == [False, False]
+
+
+def test_full(engine: Engine) -> None:
+    """Where all are borrowed nobody has to go, and nothing changes."""
+    with SessionRegistry(max_sessions=2) as registry:
+        first, second = registry.open(), registry.open()
+        with engine.slots.borrow_all([first, second]):
+            with pytest.raises(RegistryFullError) as caught:
+                registry.open()
+            assert caught.value.max_sessions == 2
+            with pytest.raises(RegistryFullError):
+                registry.open(SOME_ID)
+            assert set(registry) == {first.id, second.id}
+            assert SOME_ID not in registry
+        registry.open()
+        assert [first.closed, second.closed] == [True, False]
+
+
+def test_an_abandoned_borrow_is_none(engine: Engine) -> None:
+    """A session whose borrow died unfinished may be closed to make room."""
+    with SessionRegistry(max_sessions=1) as registry:
+        session = registry.open()
+        state = engine.slots.borrow(session).__enter__()
+        state.append([1])
+        state.kv_cache.tokens.append(1)
+        del state
+        registry.open()
+        assert session.closed
+        engine.check()
+
+
+def test_release_fails_for_who_must_go(
+    engine: Engine, unraisable: list[BaseException | None]
+) -> None:
+    """Who opens a session doesn't get the error of another one, but the hook for such errors does."""
+    with SessionRegistry(max_sessions=1) as registry:
+        session = registry.open()
+        engine.step(session)
+        engine.release_error = ConnectionError("gone")
+        assert registry.open().id in registry
+        assert session.closed
+        assert unraisable == [engine.release_error]
+
+
+def test_release_is_interrupted(engine: Engine) -> None:
+    """An interrupt in `release` goes on to the caller; the next attempt opens a session."""
+    with SessionRegistry(max_sessions=1) as registry:
+        session = registry.open()
+        engine.step(session)
+        engine.release_error = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            registry.open()
+        assert session.closed
+        assert len(registry) == 0
+        registry.open()
+
+
+# Idle for too long
+
+
+def test_close_idle(engine: Engine, clock: Clock) -> None:
+    """Exactly those are closed that weren't used for longer than the timeout, and they are counted."""
+    with SessionRegistry(idle_timeout=10) as registry:
+        first, second, third, fourth = (registry.open() for _ in range(4))
+        engine.step(first)
+        clock.now += 5
+        registry[second.id]
+        engine.step(third)
+        clock.now += 5
+        assert registry.close_idle() == 0
+        clock.now += 1
+        assert registry.close_idle() == 2
+        assert [session.closed for session in (first, second, third, fourth)] == [
+            True,
+            False,
+            False,
+            True,
+        ]
+        clock.now += 1e9
+        assert registry.close_idle() == 2
+        assert len(registry) == 0
+
+
+def test_borrowed_ones_are_not_idle(engine: Engine, clock: Clock) -> None:
+    """A step that takes longer than the timeout doesn't cost the session; its idleness begins when the step ends."""
+    with SessionRegistry(idle_timeout=10) as registry:
+        session = registry.open()
+        with engine.slots.borrow(session):
+            clock.now += 100
+            assert registry.close_idle() == 0
+            clock.now += 100
+        clock.now += 10
+        assert registry.close_idle() == 0
+        clock.now += 1
+        assert registry.close_idle() == 1
+
+
+def test_no_timeout(clock: Clock) -> None:
+    """Without a timeout nothing is ever idle."""
+    with SessionRegistry() as registry:
+        registry.open()
+        clock.now += 1e9
+        assert registry.close_idle() == 0
+
+
+def test_idle_ones_can_be_used_again(clock: Clock) -> None:
+    """Until somebody closes it, an idle session is there for its client, and then isn't idle any more."""
+    with SessionRegistry(idle_timeout=10) as registry:
+        session = registry.open()
+        clock.now += 100
+        assert registry[session.id] is session
+        assert registry.close_idle() == 0
+
+
+def test_open_closes_idle_ones(clock: Clock) -> None:
+    """A registry that only ever opens sessions doesn't fill up with idle ones; an idle one's id can be had again."""
+    with SessionRegistry(idle_timeout=10) as registry:
+        sessions = [registry.open(), registry.open(SOME_ID)]
+        clock.now += 11
+        registry.open(SOME_ID)
+        assert all(session.closed for session in sessions)
+        assert len(registry) == 1
+
+
+def test_idle_ones_fail_to_release(
+    engine: Engine, clock: Clock, unraisable: list[BaseException | None]
+) -> None:
+    """Who closes the idle ones gets what `release` raises, when all are closed; who opens another doesn't."""
+    with SessionRegistry(idle_timeout=10) as registry:
+        for _ in range(2):
+            engine.step(registry.open())
+        clock.now += 11
+        engine.release_error = ConnectionError("gone")
+        with pytest.raises(ConnectionError):
+            registry.close_idle()
+        assert len(registry) == 0
+        engine.release_error = None
+        engine.step(registry.open())
+        clock.now += 11
+        engine.release_error = ConnectionError("gone")
+        registry.open()
+        assert unraisable == [engine.release_error]
+
+
+def test_a_clock_that_goes_back(clock: Clock) -> None:
+    """A clock that goes back, against its promise, makes nothing idle that isn't, and breaks no order."""
+    with SessionRegistry(idle_timeout=10) as registry:
+        first = registry.open()
+        clock.now -= 500
+        second = registry.open()
+        assert registry.close_idle() == 0
+        clock.now += 511
+        registry[first.id]
+        assert registry.close_idle() == 1
+        assert [first.closed, second.closed] == [False, True]
+
+
+# Too many bytes
+
+
+def test_evicts_the_least_recently_used(engine: Engine) -> None:
+    """Over the budget those lose their KV caches that were longest not used; their tokens stay."""
+    with SessionRegistry(max_kv_bytes=1000) as registry:
+        first, second, third = (registry.open() for _ in range(3))
+        for session in (first, second, third):
+            engine.step(session, 3)
+        registry[first.id]
+        engine.step(third, 2)
+        assert [engine.cached(session) for session in (first, second, third)] == [3, 0, 5]
+        assert [session.token_count for session in (first, second, third)] == [3, 3, 5]
+        engine.step(second, 1)
+        assert [engine.cached(session) for session in (first, second, third)] == [0, 4, 5]
+        assert registry._kv_total == 900
+
+
+def test_never_a_borrowed_one(engine: Engine) -> None:
+    """What is borrowed keeps its KV cache, whatever the budget; when the borrow ends the budget holds again."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        first, second = registry.open(), registry.open()
+        engine.step(first, 4)
+        with engine.slots.borrow(first):
+            engine.step(second, 4)
+            assert [engine.cached(first), engine.cached(second)] == [4, 0]
+            assert second.token_count == 4
+        engine.step(second, 1)
+        assert [engine.cached(first), engine.cached(second)] == [0, 5]
+
+
+def test_one_that_is_too_big_alone(engine: Engine) -> None:
+    """A budget is a budget: a KV cache that exceeds it alone isn't kept between steps."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        session = registry.open()
+        engine.step(session, 6)
+        assert engine.cached(session) == 0
+        assert session.token_count == 6
+        assert registry._kv_total == 0
+
+
+def test_a_commit_counts(engine: Engine) -> None:
+    """A long step that commits makes room for what it has grown to."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        first, second = registry.open(), registry.open()
+        engine.step(first, 3)
+        with engine.slots.borrow(second) as state:
+            state.append([7] * 3)
+            state.kv_cache.tokens.extend(state.pending)
+            state.advance(3)
+            assert engine.cached(first) == 3
+            state.commit()
+            assert engine.cached(first) == 0
+        assert engine.cached(second) == 3
+
+
+def test_a_batch(engine: Engine) -> None:
+    """A batch may exceed the budget while it runs; then its own sessions are evicted, too."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        sessions = [registry.open() for _ in range(3)]
+        with engine.slots.borrow_all(sessions) as states:
+            for state in states:
+                state.append([7] * 2)
+                state.kv_cache.tokens.extend(state.pending)
+                state.advance(2)
+        assert [engine.cached(session) for session in sessions] == [0, 2, 2]
+
+
+def test_failed_steps_count(engine: Engine) -> None:
+    """After a failure a KV cache counts for what it is then."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        session = registry.open()
+        engine.step(session, 3)
+        with pytest.raises(MemoryError), engine.slots.borrow(session) as state:
+            state.append([7] * 2)
+            state.kv_cache.tokens.extend(state.pending)
+            state.advance(2)
+            state.rewind(1)
+            raise MemoryError
+        assert registry._kv_total == 100 * engine.cached(session) == 0
+        assert session.token_count == 3
+
+
+def test_eviction_by_hand_counts(engine: Engine) -> None:
+    """What an engine evicts itself isn't counted any more."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        session = registry.open()
+        engine.step(session, 3)
+        engine.slots.evict(session)
+        assert registry._kv_total == 0
+
+
+def test_an_abandoned_borrow_is_evicted(engine: Engine) -> None:
+    """A session whose borrow died unfinished is taken back, and evicted as any other."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        session, other = registry.open(), registry.open()
+        engine.step(session, 3)
+        state = engine.slots.borrow(session).__enter__()
+        state.append([1])
+        del state
+        engine.step(other, 3)
+        assert engine.cached(session) == 0
+        with engine.slots.borrow(session) as state:
+            assert state.token_history == [7, 7, 7]
+
+
+def test_release_fails_on_eviction(engine: Engine, unraisable: list[BaseException | None]) -> None:
+    """A step isn't failed by the eviction of another session: it was committed."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        first, second = registry.open(), registry.open()
+        engine.step(first, 3)
+        engine.release_error = ConnectionError("gone")
+        engine.step(second, 3)
+        assert second.token_count == 3
+        assert unraisable == [engine.release_error]
+        assert engine.cached(first) == 0
+        assert registry._kv_total == 300
+        engine.release_error = None
+
+
+def test_release_is_interrupted_on_eviction(engine: Engine) -> None:
+    """An interrupt in `release` goes on to the caller, and what was evicted isn't counted any more."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        first, second = registry.open(), registry.open()
+        engine.step(first, 3)
+        engine.release_error = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            engine.step(second, 3)
+        engine.release_error = None
+        assert registry._kv_total == 300
+        engine.step(first, 1)
+        assert [engine.cached(first), engine.cached(second)] == [4, 0]
+
+
+def test_release_that_closes_the_evicted(engine: Engine) -> None:
+    """A session that is closed while it is being evicted is closed in full."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        first, second = registry.open(), registry.open()
+        engine.step(first, 3)
+        releasing: list[Session] = [first]
+        release = engine.release
+
+        def close_too(cache: Cache) -> None:
+            release(cache)
+            while releasing:
+                releasing.pop().close()
+
+        slots = StateSlots(
+            create=engine.create,
+            length=lambda it: len(it.tokens),
+            release=close_too,
+            nbytes=engine.nbytes,
+        )
+        other = registry.open()
+        releasing[:] = [other]
+        with slots.borrow(other) as state:
+            state.append([7] * 2)
+            state.kv_cache.tokens.extend(state.pending)
+            state.advance(2)
+        registry[first.id]
+        engine.step(second, 1)
+        assert other.closed
+        assert other.token_count == 0
+        assert set(registry) == {first.id, second.id}
+        assert registry._kv_total == 400
+
+
+def test_an_engine_without_nbytes() -> None:
+    """A budget that nobody could keep is an error, not a silent leak; and the step that shows it changes nothing."""
+    slots = StateSlots(create=list[int], length=len)
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        session = registry.open()
+        with slots.borrow(session) as state:
+            state.append([1])  # no KV cache, no question
+        with (
+            pytest.raises(TypeError, match="give StateSlots an nbytes"),
+            slots.borrow(session) as state,
+        ):
+            state.append([2])
+            state.kv_cache.extend(state.pending)
+            state.advance(2)
+        assert session.token_count == 1
+        assert len(registry) == 1
+    with SessionRegistry() as registry, slots.borrow(registry.open()) as state:
+        state.kv_cache.clear()
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "100"])
+def test_nbytes_that_makes_no_sense(wrong: Any) -> None:
+    """A size that is none is an error, and the step that shows it changes nothing."""
+    slots = StateSlots(create=list[int], length=len, nbytes=lambda cache: cast("int", wrong))
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        session = registry.open()
+        with pytest.raises((TypeError, ValueError)), slots.borrow(session) as state:
+            state.append([2])
+            state.kv_cache.append(2)
+            state.advance(1)
+        assert session.token_count == 0
+        assert registry._kv_total == 0
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_nbytes_fails(engine: Engine, *, batch: bool) -> None:
+    """A KV cache that can't be measured fails the step, and isn't kept."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        session = registry.open()
+        engine.step(session, 2)
+        engine.nbytes_error = ConnectionError("gone")
+        with pytest.raises(ConnectionError) as caught:
+            if batch:
+                with engine.slots.borrow_all([session]) as states:
+                    states[0].append([8])
+            else:
+                engine.step(session)
+        assert caught.value is engine.nbytes_error
+        assert session.token_count == 2
+        assert engine.cached(session) == 0
+        assert registry._kv_total == 0
+        engine.nbytes_error = None
+        engine.step(session)
+        assert session.token_count == 3
+
+
+def test_nbytes_fails_after_a_failed_step(engine: Engine) -> None:
+    """The failure of the step goes on to the caller, whatever fails afterwards."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        session = registry.open()
+        engine.step(session, 2)
+        engine.nbytes_error = ConnectionError("gone")
+        with pytest.raises(MemoryError), engine.slots.borrow(session):
+            raise MemoryError
+        assert engine.cached(session) == 0
+        engine.nbytes_error = None
+
+
+# What it is
+
+
+def test_repr() -> None:
+    """A log tells how many sessions there are."""
+    with SessionRegistry() as registry:
+        registry.open()
+        assert repr(registry) == "<SessionRegistry, 1 sessions>"
+
+
+COPIES: list[Callable[[object], object]] = [
+    copy.copy,
+    copy.deepcopy,
+    pickle.dumps,
+    cast("Callable[[object], object]", cloudpickle.dumps),  # pyright: ignore[reportUnknownMemberType]
+]
+
+
+@pytest.mark.parametrize("duplicate", COPIES)
+def test_never_a_copy(duplicate: Callable[[object], object]) -> None:
+    """Two registries never share a session, nor the books about it."""
+    with pytest.raises(TypeError, match="'SessionRegistry' can't be copied or pickled"):
+        duplicate(SessionRegistry())
+
+
+def test_sessions_of_a_registry_are_never_a_copy() -> None:
+    """A session of a registry is what any session is."""
+    with SessionRegistry() as registry, pytest.raises(TypeError, match=r"send session\.id instead"):
+        copy.copy(registry.open())
+
+
+def test_two_registries_with_one_id(engine: Engine) -> None:
+    """An id is unique within a registry only; each closes its own session."""
+    with SessionRegistry() as one, SessionRegistry() as other:
+        session = one.open(SOME_ID)
+        engine.step(other.open(SOME_ID))
+        session.close()
+        assert SOME_ID not in one
+        assert SOME_ID in other
+
+
+def test_a_session_closed_by_the_registry_is_refused(engine: Engine) -> None:
+    """Who still has a session that had to go is told so."""
+    with SessionRegistry(max_sessions=1) as registry:
+        session = registry.open(uuid4())
+        registry.open()
+        with pytest.raises(SessionClosedError):
+            engine.step(session)
