@@ -824,15 +824,15 @@ def test_repr() -> None:
         assert repr(registry) == "<SessionRegistry, 1 sessions>"
 
 
-COPIES: list[Callable[[object], object]] = [
-    copy.copy,
-    copy.deepcopy,
-    pickle.dumps,
-    cast("Callable[[object], object]", cloudpickle.dumps),  # pyright: ignore[reportUnknownMemberType]
-]
+COPIES: dict[str, Callable[[object], object]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "cloudpickle": cast("Callable[[object], object]", cloudpickle.dumps),  # pyright: ignore[reportUnknownMemberType]
+}
 
 
-@pytest.mark.parametrize("duplicate", COPIES)
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES.keys())
 def test_never_a_copy(duplicate: Callable[[object], object]) -> None:
     """Two registries never share a session, nor the books about it."""
     with pytest.raises(TypeError, match="'SessionRegistry' can't be copied or pickled"):
