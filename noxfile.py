@@ -36,6 +36,12 @@ LIBRARIES = {
         "tests/engines/test_transformers.py",
         "tests/engines/test_why.py",
     ],
+    "server": [
+        "docs/examples/openai_chat.py",
+        "docs/examples/server.md",
+        "docs/examples/server.py",
+        "tests/examples/test_server.py",
+    ],
 }
 
 
@@ -148,6 +154,23 @@ def engine(session: nox.Session, name: str) -> None:
         session.env["CMAKE_ARGS"] = "-DGGML_NATIVE=OFF"  # it's built from source
     session.install(*group(name))
     check_library(session, name)
+
+
+@nox.session
+@nox.parametrize("name", ["server"])
+def example(session: nox.Session, name: str) -> None:
+    """Test, run and type-check an example over somebody else's library, as it is published."""
+    install_model(session)
+    session.install(*group(name))
+    check_library(session, name)
+
+
+@nox.session
+def server(session: nox.Session) -> None:
+    """Serve a small model, on the CPU, over OpenAI's chat protocol."""
+    session.install(".", *group("newest", "server"))
+    install_model(session)
+    session.run("python", "docs/examples/server.py", *session.posargs)
 
 
 @nox.session

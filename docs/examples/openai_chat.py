@@ -1,0 +1,154 @@
+"""OpenAI's chat protocol, as far as `server.py` speaks it. Of engines and sessions it knows nothing.
+
+Beyond OpenAI's, requests and answers have a `session_id`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+from uuid import UUID, uuid4
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+END_OF_STREAM = "data: [DONE]\n\n"
+
+
+class Strict(BaseModel):
+    """What a client sends. What the server would not heed is refused, not ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # It would say what the text is.
+        msg = "half a character is no text"
+        raise ValueError(msg) from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+"""JSON can hold halves of characters; a tokenizer can't."""
+
+
+class TextPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(Strict):
+    """A message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class StreamOptions(Strict):
+    """How to stream."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(Strict):
+    """What asks for an answer."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    session_id: UUID | None = None
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    """The old name of `max_completion_tokens`."""
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] = 1
+    user: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """How many tokens an answer took."""
+
+    prompt: int
+    cached: int
+    """Of the prompt: what was in the KV cache already."""
+    completion: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it as the protocol has it."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """Makes the parts of an answer."""
+
+    model: str
+    session_id: UUID
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def completion(self, text: str, finish_reason: str, usage: Usage) -> dict[str, object]:
+        """Return the whole of it."""
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+        return self._object("chat.completion", choice, usage=usage.as_dict())
+
+    def chunk(self, delta: Mapping[str, str], finish_reason: str | None = None) -> str:
+        """Return an event with what is new."""
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return event(self._object("chat.completion.chunk", choice))
+
+    def usage_chunk(self, usage: Usage) -> str:
+        """Return an event with the usage alone."""
+        return event(self._object("chat.completion.chunk", usage=usage.as_dict()))
+
+    def _object(self, kind: str, *choices: object, **more: object) -> dict[str, object]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "session_id": str(self.session_id),
+            "choices": choices,
+            **more,
+        }
+
+
+def model_list(model: str) -> dict[str, object]:
+    """Return the list of the one model there is."""
+    entry = {"id": model, "object": "model", "created": 0, "owned_by": "inference-session"}
+    return {"object": "list", "data": [entry]}
+
+
+def error(status: int, code: str, message: str, param: str | None = None) -> dict[str, object]:
+    """Return the body of an error."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def event(data: Mapping[str, object]) -> str:
+    """Return a server-sent event."""
+    return f"data: {json.dumps(data)}\n\n"
