@@ -28,6 +28,12 @@ LOWEST = [bound.replace(">=", "==") for bound in PYPROJECT["project"]["dependenc
 # it (`check_library`), and left out by all others; by `typing` for what pyproject.toml says, so name them there, too.
 LIBRARIES = {
     "jax": ["docs/engines/jax.md", "docs/engines/jax_engine.py", "tests/engines/test_jax.py"],
+    "llama_cpp": [
+        "docs/engines/llama_cpp.md",
+        "docs/engines/llama_cpp_engine.py",
+        "tests/engines/test_llama_cpp.py",
+    ],
+    "mlx": ["docs/engines/mlx.md", "docs/engines/mlx_engine.py", "tests/engines/test_mlx.py"],
     "transformers": [
         "docs/engines/transformers.md",
         "docs/engines/transformers_engine.py",
