@@ -48,7 +48,7 @@ def find_weights() -> Path:
 def load(path: Path, progress: Progress = lambda done, total: None) -> tuple[Llama, ChatTokenizer]:
     """Read a Llama and its tokenizer; `ValueError` if the file holds another kind of model."""
     reader = _Reader(path)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    metadata = _metadata(reader)
     config = _config(metadata)
     weights: dict[str, Floats] = {}
     for done, tensor in enumerate(reader.tensors):
@@ -66,6 +66,11 @@ def load(path: Path, progress: Progress = lambda done, total: None) -> tuple[Lla
     return model, ChatTokenizer(metadata)
 
 
+def load_tokenizer(path: Path) -> ChatTokenizer:
+    """Read the tokenizer alone, for an engine that has its own way with the weights."""
+    return ChatTokenizer(_metadata(_Reader(path)))
+
+
 class _Reader(GGUFReader):
     """Reads a GGUF file out of a plain array, which for 100,000 strings is three times as fast."""
 
@@ -77,6 +82,10 @@ class _Reader(GGUFReader):
     @data.setter
     def data(self, data: NDArray[np.uint8]) -> None:
         self._data = data.view(np.ndarray)  # It was a `memmap`, which is slow to take slices of.
+
+
+def _metadata(reader: GGUFReader) -> dict[str, Any]:
+    return {name: field.contents() for name, field in reader.fields.items()}
 
 
 def _config(metadata: Mapping[str, Any]) -> LlamaConfig:
