@@ -39,6 +39,8 @@ nitpick_ignore_regex = [
     (r"py:obj", r".*\.KV"),
 ]
 
+myst_heading_anchors = 3
+
 html_theme = "furo"
 html_title = f"{project} {release}"
 

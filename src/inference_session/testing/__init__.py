@@ -7,12 +7,12 @@ It needs nothing of an engine but the `inference_session.engine.Engine` protocol
 try:
     import hypothesis
     import pytest
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
         "inference_session.testing needs Hypothesis and pytest: "
         'pip install "inference-session[testing]"',
-        name=error.name,
-    ) from error
+        name=_error.name,
+    ) from _error
 
 from inference_session.testing._kit import check_engine, parametrize_with_checks
 
