@@ -24,6 +24,8 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 LOWEST = [bound.replace(">=", "==") for bound in PYPROJECT["project"]["dependencies"]]
 
+ENGINES = ["jax", "llama_cpp", "mlx", "transformers"]
+
 # The pages, code and tests that need a library of their own. They are run and type-checked by the session that installs
 # it (`check_library`), and left out by all others; by `typing` for what pyproject.toml says, so name them there, too.
 LIBRARIES = {
@@ -150,7 +152,7 @@ def engines(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("name", ["jax", "llama_cpp", "mlx", "transformers"])
+@nox.parametrize("name", ENGINES, ids=ENGINES)
 def engine(session: nox.Session, name: str) -> None:
     """Test, run and type-check an engine over somebody else's library, as it is published."""
     if name == "transformers":
