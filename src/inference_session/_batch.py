@@ -58,10 +58,6 @@ class BorrowedBatch(LeasedBlock, Generic[KV]):
     def _commit(self) -> None:
         ledgers = [state._ledger for state in self._states]
         try:
-            for state in self._states:
-                registration = state._session._registration
-                if registration is not None:
-                    registration.note(state._session, state._ledger)
             for ledger in ledgers:
                 ledger.check_cache(ledger.kv_length)
             savepoints = [ledger.new_savepoint() for ledger in ledgers]

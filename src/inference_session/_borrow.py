@@ -135,8 +135,6 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             StateMismatchError: if the KV cache doesn't cover `kv_length` tokens; nothing is committed then.
         """
         ledger, registration = self._current(), self._session._registration
-        if registration is not None:
-            registration.note(self._session, ledger)
         ledger.savepoint = ledger.new_savepoint()
         if registration is not None:
             registration.make_room()
@@ -250,16 +248,15 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             if exc_type is not None:
                 self._undo(exc)
                 return
-            registration = session._registration
             try:
-                if registration is not None:
-                    registration.note(session, self._ledger)
                 self._ledger.savepoint = savepoint = self._ledger.new_savepoint()
             except BaseException as failure:
                 self._undo(failure)
                 raise
             self._lease = expired
-            if registration is None and savepoint[0] > 0:  # what _give_back does, less a call
+            if (
+                savepoint[0] > 0 and session._registration is None
+            ):  # what _give_back does, less a call
                 leases.pop(id(session), None)
                 if session._closed:
                     session._free()
@@ -293,14 +290,11 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             session._give_back()
             raise
         if session._ledger is None:
-            session._ledger = Ledger(session.id, self._slots)
+            session._ledger = session._new_ledger(self._slots)
         return session._ledger
 
     def _undo(self, failure: BaseException | None) -> None:
-        session, ledger = self._session, self._ledger
-        ledger.roll_back(failure)
-        if session._registration is not None:
-            session._registration.note(session, ledger, failure)
+        self._ledger.roll_back(failure)
         self._give_back(failure)
 
     def _give_back(self, failure: BaseException | None = None) -> None:

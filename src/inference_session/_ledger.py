@@ -158,19 +158,6 @@ class Ledger(Generic[KV]):
         """Whether there is a KV cache to let go of."""
         return self.kv_cache is not NO_CACHE or self.spare is not NO_CACHE
 
-    def nbytes(self) -> int:
-        """Return how many bytes the KV cache holds, by the engine's own `nbytes`."""
-        if self.kv_cache is NO_CACHE:
-            return 0
-        if self.slots.nbytes is None:
-            raise TypeError(
-                "the registry has max_kv_bytes, so it must know what a KV cache holds: give StateSlots an nbytes"
-            )
-        nbytes = index(self.slots.nbytes(self.kv_cache))
-        if nbytes < 0:
-            raise ValueError(f"nbytes(kv_cache) must not be negative, got {nbytes}")
-        return nbytes
-
     def is_blank(self) -> bool:
         """Whether the savepoint holds nothing, so that another engine may begin anew."""
         return self.savepoint[0] == 0 and self.savepoint[2] == _NOT_KEPT

@@ -9,10 +9,11 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import index
 from threading import RLock
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, SupportsIndex, cast, final
+from typing import TYPE_CHECKING, Any, Final, NoReturn, SupportsIndex, TypeVar, cast, final
 from uuid import UUID
 from weakref import ReferenceType, ref
 
@@ -20,6 +21,7 @@ from attrs import define
 
 from inference_session import _fork
 from inference_session._lease import Lease, leases
+from inference_session._ledger import NO_CACHE, Ledger, Savepoint
 from inference_session._session import Keeper, Session, not_a_uuid
 from inference_session.exceptions import (
     RegistryFullError,
@@ -29,7 +31,9 @@ from inference_session.exceptions import (
 
 
 if TYPE_CHECKING:
-    from inference_session._ledger import Ledger
+    from inference_session._slots import StateSlots
+
+KV = TypeVar("KV")
 
 _RESOLUTION: Final = 1 / 1024
 """How exactly it's known when a session was last used, as a part of the idle timeout."""
@@ -45,7 +49,10 @@ def _renew_lock() -> None:
 
 @define(eq=False, repr=False)
 class Registration:
-    """That a registry has a session, and when it was last used. Sessions used at about the same time share one."""
+    """What connects a session to its registry, and tells when it was last used.
+
+    Sessions that were last used at about the same time share one.
+    """
 
     registry: "ReferenceType[SessionRegistry]"
     """Weak, or else a registry and its sessions would be garbage in a cycle."""
@@ -53,30 +60,66 @@ class Registration:
     until: float
     """When the last of them was last used."""
 
-    def note(
-        self, session: Session, ledger: "Ledger[Any]", failure: BaseException | None = None
-    ) -> None:
-        """Take note of the use of a session that is borrowed, and of how many bytes its KV cache holds.
-
-        After a failed step, a KV cache that can't be measured is let go of.
-        """
-        registry = self.registry()
-        if registry is not None:
-            registry._note(session, ledger, failure)
+    def new_ledger(self, session_id: UUID, slots: "StateSlots[KV]") -> Ledger[KV]:
+        """Return a ledger whose use the registry takes note of."""
+        return RegisteredLedger(session_id, slots, self.registry)
 
     def make_room(self) -> None:
         """Evict KV caches, least recently used first, until those that are left are within the budget."""
         registry = self.registry()
-        if registry is not None:
+        if registry is not None and registry._kv_total > registry._kv_limit:
             registry._evict_over_budget()
 
     def close(self, session: Session) -> None:
         """Close a session: that, and that it isn't registered any more, is one instant."""
         registry = self.registry()
-        if registry is not None:
-            registry._remove(session)
-        else:
+        if registry is None:
             session._closed = True
+        else:
+            registry._remove(session)
+
+
+@define(eq=False, repr=False)
+class RegisteredLedger(Ledger[KV]):
+    """The ledger of a session in a registry, which it tells of its use and of its KV cache's size.
+
+    It does so while the session is taken, and before anything is committed: a KV cache can be measured at no other
+    time, and the step fails if that does.
+    """
+
+    registry: "ReferenceType[SessionRegistry]"
+
+    def new_savepoint(self) -> Savepoint:
+        """Take note of a step that is about to be committed."""
+        registry = self.registry()
+        if registry is not None:
+            registry._note(self, registry._measure(self))
+        return Ledger.new_savepoint(self)
+
+    def roll_back(self, failure: BaseException | None = None) -> None:
+        """Take note of a step that has failed; a KV cache that can't be measured then is let go of."""
+        Ledger.roll_back(self, failure)
+        registry = self.registry()
+        if registry is not None:
+            try:
+                nbytes = registry._measure(self)
+            except Exception:  # noqa: BLE001 the tokens are safe; it's computed anew
+                self.discard_cache(failure)
+                nbytes = 0
+            registry._note(self, nbytes)
+
+    def nbytes(self) -> int:
+        """Return how many bytes the KV cache holds, by the engine's own `nbytes`."""
+        if self.kv_cache is NO_CACHE:
+            return 0
+        if self.slots.nbytes is None:
+            raise TypeError(
+                "the registry has max_kv_bytes, so it must know what a KV cache holds: give StateSlots an nbytes"
+            )
+        nbytes = index(self.slots.nbytes(self.kv_cache))
+        if nbytes < 0:
+            raise ValueError(f"nbytes(kv_cache) must not be negative, got {nbytes}")
+        return nbytes
 
 
 @final
@@ -106,7 +149,7 @@ class SessionRegistry:
 
     _max_sessions: int | None
     _idle_timeout: float | None
-    _max_kv_bytes: int | None
+    _kv_limit: float
 
     # By the ids' ints, as the hash of a UUID itself is slow; the least recently used first.
     _sessions: OrderedDict[int, Session]
@@ -129,7 +172,7 @@ class SessionRegistry:
         _check_timeout(idle_timeout)
         self._max_sessions = max_sessions
         self._idle_timeout = idle_timeout
-        self._max_kv_bytes = max_kv_bytes
+        self._kv_limit = math.inf if max_kv_bytes is None else max_kv_bytes
         self._sessions = OrderedDict()
         self._kv_bytes = OrderedDict()
         self._room = math.inf if max_sessions is None else max_sessions
@@ -284,7 +327,10 @@ class SessionRegistry:
         key, lease_key = session._id.int, id(session)
         sessions, kv_bytes = self._sessions, self._kv_bytes
         with _lock:
-            if lease is not None and not (lease_key in leases and leases[lease_key] is lease):
+            try:
+                if lease is not None and leases[lease_key] is not lease:
+                    return
+            except KeyError:
                 return
             if key in sessions and sessions[key] is session:
                 del sessions[key]
@@ -295,20 +341,17 @@ class SessionRegistry:
             session._closed = True
             session._registration = None
 
-    def _note(self, session: Session, ledger: "Ledger[Any]", failure: BaseException | None) -> None:
-        nbytes = 0
-        if self._max_kv_bytes is not None:
-            try:
-                nbytes = ledger.nbytes()
-            except Exception:
-                if failure is None:
-                    raise
-                ledger.discard_cache(failure)
-        key = session._id.int
+    def _measure(self, ledger: RegisteredLedger[Any]) -> int:
+        return 0 if self._kv_limit == math.inf else ledger.nbytes()
+
+    def _note(self, ledger: RegisteredLedger[Any], nbytes: int) -> None:
+        """Take note of the use of a session, and of how many bytes its KV cache holds."""
+        key = ledger.session_id.int
         now = self._now()
         sessions, kv_bytes = self._sessions, self._kv_bytes
         with _lock:
-            if key in sessions and sessions[key] is session:
+            if key in sessions and sessions[key]._ledger is ledger:
+                session = sessions[key]
                 del sessions[key]
                 sessions[key] = session
                 session._registration = now
@@ -393,9 +436,8 @@ class SessionRegistry:
         return True
 
     def _evict_over_budget(self) -> None:
-        limit = self._max_kv_bytes
         borrowed: set[Session] = set()
-        while limit is not None and self._kv_total > limit:
+        while self._kv_total > self._kv_limit:
             if len(borrowed) >= len(self._kv_bytes):
                 return
             first = self._first_with_cache()
@@ -414,13 +456,11 @@ class SessionRegistry:
             _say(error)
         return True
 
-    def _discard_cache(self, session: Session, unfinished: bool) -> None:  # noqa: FBT001
+    def _discard_cache(self, session: Session) -> None:
         ledger = session._ledger
         try:
             if ledger is not None and not session._is_forked():
-                if unfinished:
-                    ledger.roll_back()
-                ledger.discard_cache()
+                ledger.close()
         finally:
             self._forget_cache(session)
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Never, NoReturn, SupportsIndex, final
+from typing import TYPE_CHECKING, Any, Final, Never, NoReturn, SupportsIndex, TypeVar, final
 from uuid import UUID, uuid4
 from weakref import ref
 
@@ -18,6 +18,9 @@ from inference_session.exceptions import SessionBusyError
 
 if TYPE_CHECKING:
     from inference_session._registry import Registration
+    from inference_session._slots import StateSlots
+
+KV = TypeVar("KV")
 
 _NEVER_A_COPY: Final = (
     "'Session' can't be copied or pickled, as two owners of one KV cache would corrupt it: "
@@ -42,7 +45,7 @@ class Session:
     _closed: bool
     _ledger: Ledger[Any] | None
     _registration: "Registration | None"
-    """What is to be told of its use and its closing, if it is in a registry."""
+    """What connects it to a registry, if it is in one."""
 
     def __init__(self, *args: Never, **kwargs: Never) -> None:
         if args or kwargs:  # attrs.evolve comes here, too
@@ -148,6 +151,13 @@ class Session:
     def _is_forked(self) -> bool:
         return self._generation != _fork.generation
 
+    def _new_ledger(self, slots: "StateSlots[KV]") -> Ledger[KV]:
+        """Return a ledger that knows what the session is a part of."""
+        registration = self._registration
+        if registration is None:
+            return Ledger(self._id, slots)
+        return registration.new_ledger(self._id, slots)
+
     def _take(self, lease: Lease) -> bool:
         """Take the session, at once or not at all, and return whether there is work to undo.
 
@@ -177,7 +187,7 @@ class Session:
         if not self._is_forked():
             self._while_free(partial(self._let_go, failure))
 
-    def _let_go(self, failure: BaseException | None, unfinished: bool) -> None:  # noqa: FBT001
+    def _let_go(self, failure: BaseException | None) -> None:
         ledger = self._ledger
         if ledger is not None:
             try:
@@ -190,10 +200,10 @@ class Session:
                 raise
             self._ledger = None
 
-    def _while_free(self, work: Callable[[bool], None]) -> bool:
+    def _while_free(self, work: Callable[[], None]) -> bool:
         """Do something with the session taken, unless somebody has it, and return whether that was done.
 
-        The work is told whether there is other work to undo. If it fails, the next to take the session undoes it.
+        If there is work to undo, or this work fails, that's left to the next to take the session.
         """
         keeper: Keeper | None = Keeper()
         try:
@@ -201,8 +211,9 @@ class Session:
                 unfinished = self._take(ref(keeper))
             except SessionBusyError:
                 return False
-            work(unfinished)
-            leases.pop(id(self), None)
+            work()
+            if not unfinished:
+                leases.pop(id(self), None)
             return True
         finally:
             keeper = None  # a traceback must not keep the lease alive
