@@ -177,11 +177,20 @@ class Llama:
     def forward(self, batch: Batch) -> Floats:
         """Feed each cache its next tokens, at least one, in a single pass over the weights.
 
-        Reading the weights is most of the work, and all rows share it. Returns the hidden state of
-        the last token of each sequence, (len(batch), D).
+        Returns the hidden state of the last token of each sequence, (len(batch), D): from it comes
+        the next token.
+        """
+        ends = np.cumsum([len(tokens) for _, tokens in batch])
+        last: Floats = self.hidden_states(batch)[ends - 1]
+        return last
+
+    def hidden_states(self, batch: Batch) -> Floats:
+        """Do what `forward` does, and return the hidden states of all tokens fed, (R, D).
+
+        Reading the weights is most of the work, and all rows share it.
         """
         config = self.config
-        x = self.embedding[np.concatenate([tokens for _, tokens in batch])]  # (R, D)
+        x: Floats = self.embedding[np.concatenate([tokens for _, tokens in batch])]  # (R, D)
         ends = np.cumsum([len(tokens) for _, tokens in batch])
         spans = [
             (cache, slice(end - len(tokens), end), _causal_mask(cache.length, len(tokens)))
@@ -210,8 +219,7 @@ class Llama:
 
         for cache, tokens in batch:
             cache.length += len(tokens)
-        last: Floats = x[ends - 1]
-        return last
+        return x
 
     def logits(self, hidden: Floats) -> Floats:
         """Return the logits (B, V) of the tokens that follow hidden states (B, D)."""

@@ -1,0 +1,63 @@
+"""Speculative decoding: a small model guesses tokens, a large one checks them all in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from inference_session import Session
+from numpy_llama import LlamaEngine, Sampler, greedy
+
+
+def speculate(
+    engine: LlamaEngine,
+    session: Session,
+    draft: LlamaEngine,
+    draft_session: Session,
+    *,
+    guesses: int = 4,
+    sample: Sampler = greedy,
+) -> list[int]:
+    """Add the next tokens of `session`, from 1 to `guesses` + 1, and return them.
+
+    They are those that as many calls of `engine.decode` would add. What the draft guesses decides
+    only how many there are. It has a session of its own, and may be any model with the same
+    vocabulary.
+    """
+    with engine.slots.borrow(session) as state:
+        length = len(state.token_history)
+        room = engine.model.config.context_length - length
+        if not length or room < 1:
+            raise ValueError("nothing to decode from, or no room for what comes next")
+        guessed = guess(draft, draft_session, state.token_history, min(guesses, room - 1), sample)
+
+        state.append(guessed)
+        fed = np.asarray(state.pending, np.int32)  # The last token, and all guesses.
+        hidden = engine.model.hidden_states([(state.kv_cache, fed)])
+        state.advance(len(fed))
+
+        tokens: list[int] = []
+        logits = engine.model.logits(hidden[-len(guessed) - 1 :])
+        for row, guessed_token in zip(logits, [*guessed, None], strict=True):
+            tokens.append(sample(row, length + len(tokens)))
+            if tokens[-1] != guessed_token:
+                break
+        # What was guessed right stays, in the KV cache, too. The last token was not a guess.
+        state.rewind(length + len(tokens) - 1, pending=0)
+        state.append(tokens[-1:])
+    return tokens
+
+
+def guess(
+    draft: LlamaEngine, session: Session, history: Sequence[int], count: int, sample: Sampler
+) -> list[int]:
+    """Return up to `count` tokens that may follow `history`.
+
+    The draft's session drops by itself what was guessed wrong the last time, and takes what it did
+    not guess.
+    """
+    if count < 1 or len(history) >= draft.model.config.context_length:
+        return []
+    steps = draft.answer(session, lambda _: history, count, sample=sample)
+    return [step.token for step in steps if step.token is not None]
