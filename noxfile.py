@@ -44,6 +44,11 @@ LIBRARIES = {
         "tests/engines/test_transformers.py",
         "tests/engines/test_why.py",
     ],
+    "ray": [
+        "docs/examples/ray_*.py",
+        "docs/examples/ray_cluster.md",
+        "tests/examples/test_ray_cluster.py",
+    ],
     "server": [
         "docs/examples/openai_chat.py",
         "docs/examples/server.md",
@@ -165,7 +170,7 @@ def engine(session: nox.Session, name: str) -> None:
 
 
 @nox.session
-@nox.parametrize("name", ["server"])
+@nox.parametrize("name", ["ray", "server"])
 def example(session: nox.Session, name: str) -> None:
     """Test, run and type-check an example over somebody else's library, as it is published."""
     install_model(session)
@@ -179,6 +184,14 @@ def server(session: nox.Session) -> None:
     session.install(".", *group("newest", "server"))
     install_model(session)
     session.run("python", "docs/examples/server.py", *session.posargs)
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Chat on a cluster of two actors that are killed meanwhile, with a small model, on the CPU."""
+    session.install(".", *group("newest", "ray"))
+    install_model(session)
+    session.run("python", "docs/examples/ray_demo.py", *session.posargs)
 
 
 @nox.session
