@@ -25,6 +25,7 @@ PYTHONS = nox.project.python_versions(PYPROJECT)
 LOWEST = [bound.replace(">=", "==") for bound in PYPROJECT["project"]["dependencies"]]
 
 ENGINES = ["jax", "llama_cpp", "mlx", "transformers"]
+EXAMPLES = ["ray", "server"]
 
 # The pages, code and tests that need a library of their own. They are run and type-checked by the session that installs
 # it (`check_library`), and left out by all others; by `typing` for what pyproject.toml says, so name them there, too.
@@ -170,7 +171,7 @@ def engine(session: nox.Session, name: str) -> None:
 
 
 @nox.session
-@nox.parametrize("name", ["ray", "server"])
+@nox.parametrize("name", EXAMPLES, ids=EXAMPLES)
 def example(session: nox.Session, name: str) -> None:
     """Test, run and type-check an example over somebody else's library, as it is published."""
     install_model(session)
