@@ -31,7 +31,7 @@ import server
 from inference_session import Session, SessionRegistry
 from llama_model import Batch, Floats, Llama, random_model
 from numpy_llama import LlamaEngine
-from server import MODEL, ChatServer
+from server import MODEL, ChatServer, Tokenizer
 from smollm2 import Message, find_weights, load
 
 
@@ -172,6 +172,7 @@ def running(
     model: Llama,
     registry: SessionRegistry | None = None,
     *,
+    tokenizer: Tokenizer | None = None,
     chunk: int = 256,
     grace: int | None = None,
 ) -> Generator[Running, None, None]:
@@ -179,7 +180,7 @@ def running(
     engine = LlamaEngine(model, chunk=chunk)
     if registry is None:  # One that is empty is false, as any collection.
         registry = SessionRegistry()
-    run = Running(ChatServer(engine, Letters(), registry), grace=grace)
+    run = Running(ChatServer(engine, tokenizer or Letters(), registry, threads=2), grace=grace)
     with run.socket, run.client:
         run.thread.start()
         try:
@@ -311,17 +312,6 @@ def test_real_curl(real: Running) -> None:
     assert run.stdout.endswith("data: [DONE]\n\n")
 
 
-def test_real_characters_are_whole(real: Running) -> None:
-    """A character of several tokens is streamed when it is complete, not in halves."""
-    question = "Repeat after me, and say nothing else: 東京 🙂 東京 🙂 東京 🙂"
-    with real.stream(question, max_completion_tokens=25) as stream:
-        pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
-    whole = text_of(real.ask(question, max_completion_tokens=25))
-    assert "".join(pieces) == whole
-    assert any(ord(letter) > 255 for letter in whole)
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces[:-2])
-
-
 # The protocol
 
 
@@ -335,6 +325,29 @@ def test_streamed_or_not(run: Running) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].choices[0].finish_reason == "length"
     assert all(chunk.usage is None for chunk in chunks)
+
+
+class Halves(Letters):
+    """A tokenizer for which a token is a letter, or a piece of a character."""
+
+    pieces = (b"a", b"\xe6", b"\x9d\xb1", b"\xf0\x9f", b"\x99\x82")  # Of 東 and 🙂, among others.
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, as far as it is one."""
+        return b"".join(self.pieces[token % 5] for token in tokens).decode(errors="replace")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_characters_are_whole(model: Llama, seed: int) -> None:
+    """A character is streamed when it is complete, whatever halves it is among."""
+    more = {"temperature": 1.5, "seed": seed, "max_completion_tokens": 100}
+    with running(model, tokenizer=Halves()) as run:
+        with run.stream("Hi", **more) as stream:
+            pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+        whole = text_of(run.ask("Hi", **more))
+    assert "".join(pieces) == whole
+    assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for piece in pieces[:-2])
+    assert set(whole) > {"a", "🙂", "\N{REPLACEMENT CHARACTER}"}
 
 
 def test_events(run: Running) -> None:
@@ -572,6 +585,19 @@ def test_full(model: Llama) -> None:
         assert sessions[0].closed  # It made way for the new one.
         assert not sessions[1].closed
         streams[1].close()
+
+
+def test_closed_meanwhile(run: Running) -> None:
+    """A session that is closed in mid-answer ends its stream with an error, and is gone."""
+    with run.stream("Hi", max_completion_tokens=LONG) as stream:
+        session = run.session(next(stream))
+        run.registry.close(session.id)
+        with pytest.raises(openai.APIError, match="was closed meanwhile") as caught:
+            list(stream)
+    assert caught.value.code == "session_closed"
+    assert session.token_count == 0
+    with pytest.raises(openai.NotFoundError):
+        run.ask("Go on", session_id=session.id)
 
 
 def test_out_of_memory(run: Running) -> None:
