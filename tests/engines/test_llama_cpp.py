@@ -12,19 +12,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
 import llama_cpp as L  # noqa: N812
-import numpy as np
 import pytest
-from tests.engines.gguf_models import VOCAB_SIZE, write_llama, write_mamba
+from tests.engines.gguf_models import write_llama, write_mamba
+from tests.engines.serving import OTHER, PROMPT, PROMPTS, VOCAB_SIZE, Serving, answer, decode, look
 
 import smollm2
 from inference_session import Session
-from inference_session.engine import Engine
 from inference_session.exceptions import (
     SessionBusyError,
     SessionClosedError,
@@ -40,9 +39,8 @@ from llama_cpp_engine import (
 
 
 MAX_SEQUENCES = 4
-PROMPT: list[int] = np.random.default_rng(7).integers(0, VOCAB_SIZE, 40).tolist()
-OTHER: list[int] = np.random.default_rng(8).integers(0, VOCAB_SIZE, 23).tolist()
-PROMPTS = [PROMPT, OTHER, PROMPT[:2], OTHER[:5] + PROMPT]
+FILLING = [[*prompt, 1] for prompt in PROMPTS]
+"""Prompts for all sequences: each has a token to feed, and one to keep."""
 
 
 @pytest.fixture(scope="module")
@@ -89,24 +87,6 @@ def native_length(engine: LlamaCppEngine, number: int) -> int:
     return int(L.llama_memory_seq_pos_max(engine.context._memory, number)) + 1
 
 
-def decode(engine: Engine, session: Session, count: int) -> list[int]:
-    """Decode some tokens, one by one."""
-    return [engine.decode(session).token for _ in range(count)]
-
-
-def answer(engine: Engine, prompt: Sequence[int], count: int) -> list[int]:
-    """Decode some tokens in a session of their own that nothing disturbs."""
-    with Session() as session:
-        engine.prefill(session, prompt)
-        return decode(engine, session, count)
-
-
-def look(engine: LlamaCppEngine, session: Session) -> tuple[list[int], int]:
-    """Return a session's history, and how much of it is cached."""
-    with engine.slots.borrow(session) as state:
-        return list(state.token_history), state.kv_length
-
-
 @cache
 def model_for_kit() -> Path:
     """Write a small Llama to a temporary directory, and return its path."""
@@ -129,27 +109,8 @@ def test_kit(check: Callable[[], None]) -> None:
 # What a session says does not depend on how it is served
 
 
-def test_cached_decode_is_full_recompute(engine: LlamaCppEngine) -> None:
-    """Nothing is lost when the KV cache is thrown away, before each and every step."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        tokens: list[int] = []
-        for _ in range(20):
-            engine.slots.evict(session)
-            tokens.append(engine.decode(session).token)
-    assert tokens == answer(engine, PROMPT, 20)
-    assert len(set(tokens)) > 5
-
-
-def test_interleaved_sessions_do_not_see_each_other(engine: LlamaCppEngine) -> None:
-    """Sessions in one context whose steps alternate each get what they would get alone."""
-    alone = [answer(engine, prompt, 20) for prompt in PROMPTS]
-    with ExitStack() as closing:
-        sessions = [closing.enter_context(Session()) for _ in PROMPTS]
-        for session, prompt in zip(sessions, PROMPTS, strict=True):
-            engine.prefill(session, prompt)
-        steps = [[engine.decode(session).token for session in sessions] for _ in range(20)]
-    assert [list(tokens) for tokens in zip(*steps, strict=True)] == alone
+class TestServing(Serving):
+    """What a session says does not depend on how it is served."""
 
 
 def test_batch_decode_is_single_decode(engine: LlamaCppEngine) -> None:
@@ -206,32 +167,6 @@ def test_long_prefill_is_chunked(engine: LlamaCppEngine) -> None:
         assert decode(engine, session, 10) == tokens
 
 
-@pytest.mark.parametrize("common", [0, 1, 25, 39, 40, 45, 46])
-def test_prompt_is_a_fresh_session(engine: LlamaCppEngine, common: int) -> None:
-    """A history that is replaced, whatever it shares with the old one, answers as a new session."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        old = PROMPT + decode(engine, session, 6)
-        tokens = old[:common] + OTHER
-        reused = engine.prompt(session, tokens)
-        assert look(engine, session) == (tokens, len(tokens) - 1)
-        assert decode(engine, session, 15) == answer(engine, tokens, 15)
-    assert reused == min(common, len(old) - 1)
-
-
-@pytest.mark.parametrize("pending", [0, 1, 7])
-def test_rewind_is_a_fresh_session(engine: LlamaCppEngine, pending: int) -> None:
-    """After a rewind, tokens added are answered as in a session that never had the others."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        decode(engine, session, 5)
-        with engine.slots.borrow(session) as state:
-            state.rewind(20, pending=pending)
-            assert native_length(engine, state.kv_cache.id) == 20 - pending
-        engine.prefill(session, OTHER)
-        assert decode(engine, session, 15) == answer(engine, PROMPT[:20] + OTHER, 15)
-
-
 def test_half_precision_answers_alike(path: Path, engine: LlamaCppEngine) -> None:
     """A KV cache as llama.cpp makes it by default serves, too: `exact` is for tests."""
     rounded = LlamaCppEngine(LlamaContext(path, n_ctx=256, n_threads=1))
@@ -245,14 +180,14 @@ def fill(engine: LlamaCppEngine, closing: ExitStack) -> list[Session]:
     """Return as many sessions as there are sequences."""
     sessions = [closing.enter_context(Session()) for _ in PROMPTS]
     assert len(sessions) == MAX_SEQUENCES
-    for session, prompt in zip(sessions, PROMPTS, strict=True):
+    for session, prompt in zip(sessions, FILLING, strict=True):
         engine.prefill(session, prompt)
     return sessions
 
 
 def test_out_of_sequences(engine: LlamaCppEngine) -> None:
     """One session too many is refused, with nothing changed, by an error that says what to do."""
-    expected = [answer(engine, prompt, 5) for prompt in PROMPTS]
+    expected = [answer(engine, prompt, 5) for prompt in FILLING]
     with ExitStack() as closing:
         sessions = fill(engine, closing)
         more = closing.enter_context(Session())
@@ -268,7 +203,7 @@ def test_out_of_sequences(engine: LlamaCppEngine) -> None:
 
 def test_eviction_frees_a_sequence(engine: LlamaCppEngine) -> None:
     """Any session makes room for another, by turns, and none of them loses anything."""
-    expected = [answer(engine, prompt, 6) for prompt in [*PROMPTS, OTHER[3:]]]
+    expected = [answer(engine, prompt, 6) for prompt in [*FILLING, OTHER[3:]]]
     with ExitStack() as closing:
         sessions = fill(engine, closing)
         tokens: list[list[int]] = [[] for _ in expected]
@@ -417,33 +352,6 @@ def test_batch_that_is_too_large(engine: LlamaCppEngine) -> None:
         engine.context.feed([(sequence, [1] * 33)])
     assert engine.context.length(sequence) == 0
     engine.context.release(sequence)
-
-
-@pytest.mark.parametrize("call", ["prefill", "prompt"])
-@pytest.mark.parametrize("token", [-1, VOCAB_SIZE, 2**31, 2**70])
-def test_bad_tokens_are_refused(
-    engine: LlamaCppEngine, capfd: pytest.CaptureFixture[str], call: str, token: int
-) -> None:
-    """A token that isn't in the vocabulary never gets to llama.cpp, which would log it."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        before = look(engine, session)
-        with pytest.raises(ValueError, match=r"token 1 .* vocabulary of 128") as error:
-            getattr(engine, call)(session, [1, token, 2])
-        assert look(engine, session) == before
-        assert decode(engine, session, 5) == answer(engine, PROMPT, 5)
-    assert str(token) not in str(error.value).replace("128", "")
-    assert capfd.readouterr().err == ""
-
-
-def test_empty_session_is_refused(engine: LlamaCppEngine) -> None:
-    """There is nothing to decode from, alone or in a batch, and the rest of the batch is spared."""
-    with Session() as session, Session() as empty:
-        engine.prefill(session, PROMPT)
-        before = look(engine, session)
-        with pytest.raises(ValueError, match="session is empty"):
-            engine.decode_batch([session, empty])
-        assert look(engine, session) == before
 
 
 def test_context_is_as_long_as_it_is(engine: LlamaCppEngine) -> None:

@@ -10,20 +10,18 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
 from functools import cache, partial
 from typing import cast
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from mlx_lm.models.llama import Model, TransformerBlock
+from tests.engines.serving import OTHER, PROMPT, PROMPTS, VOCAB_SIZE, Serving, answer, decode, look
 
 import mlx_engine
 from inference_session import Session
-from inference_session.engine import Engine
 from inference_session.exceptions import (
     SessionBusyError,
     SessionClosedError,
@@ -33,11 +31,7 @@ from inference_session.testing import parametrize_with_checks
 from mlx_engine import LayerCache, MLXEngine, random_model
 
 
-VOCAB_SIZE = 128
 NUM_LAYERS = 3
-PROMPT: list[int] = np.random.default_rng(7).integers(0, VOCAB_SIZE, 40).tolist()
-OTHER: list[int] = np.random.default_rng(8).integers(0, VOCAB_SIZE, 23).tolist()
-PROMPTS = [PROMPT, OTHER, PROMPT[:1], OTHER[:5] + PROMPT]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,25 +52,6 @@ def engine(model: Model) -> MLXEngine:
     return MLXEngine(model, chunk=16)
 
 
-def decode(engine: Engine, session: Session, count: int) -> list[int]:
-    """Decode some tokens, one by one."""
-    return [engine.decode(session).token for _ in range(count)]
-
-
-def answer(engine: Engine, prompt: Sequence[int], count: int) -> list[int]:
-    """Decode some tokens in a session of their own that nothing disturbs."""
-    with Session() as session:
-        engine.prefill(session, prompt)
-        return decode(engine, session, count)
-
-
-def look(engine: MLXEngine, session: Session) -> tuple[list[int], int, list[int]]:
-    """Return a session's history, how much of it is cached, and how much each layer has."""
-    with engine.slots.borrow(session) as state:
-        offsets = [layer.offset for layer in state.kv_cache]
-        return list(state.token_history), state.kv_length, offsets
-
-
 @cache
 def shared_model() -> Model:
     """Return a small model; its weights never change."""
@@ -89,7 +64,17 @@ def test_kit(check: Callable[[], None]) -> None:
     check()
 
 
+def layers(engine: MLXEngine, session: Session) -> list[int]:
+    """Return how many tokens each layer has cached of a session."""
+    with engine.slots.borrow(session) as state:
+        return [layer.offset for layer in state.kv_cache]
+
+
 # What a session says does not depend on how it is served
+
+
+class TestServing(Serving):
+    """What a session says does not depend on how it is served."""
 
 
 def test_tokens_are_those_of_the_model(engine: MLXEngine) -> None:
@@ -109,41 +94,6 @@ def test_logits_depend_on_every_token(model: Model) -> None:
         other = [*PROMPT[:position], (token + 1) % VOCAB_SIZE, *PROMPT[position + 1 :]]
         difference = mx.abs(model(mx.array([other]))[0, -1] - logits)
         assert cast("float", difference.max().item()) > 0.1
-
-
-def test_cached_decode_is_full_recompute(engine: MLXEngine) -> None:
-    """Nothing is lost when the KV cache is thrown away, before each and every step."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        tokens: list[int] = []
-        for _ in range(15):
-            engine.slots.evict(session)
-            tokens.append(engine.decode(session).token)
-    assert tokens == answer(engine, PROMPT, 15)
-
-
-def test_interleaved_sessions_do_not_see_each_other(engine: MLXEngine) -> None:
-    """Sessions whose steps alternate each get what they would get alone."""
-    alone = [answer(engine, prompt, 15) for prompt in PROMPTS]
-    with ExitStack() as closing:
-        sessions = [closing.enter_context(Session()) for _ in PROMPTS]
-        for session, prompt in zip(sessions, PROMPTS, strict=True):
-            engine.prefill(session, prompt)
-        steps = [[engine.decode(session).token for session in sessions] for _ in range(15)]
-    assert [list(tokens) for tokens in zip(*steps, strict=True)] == alone
-
-
-@pytest.mark.parametrize("common", [0, 1, 25, 39, 40, 45, 46])
-def test_prompt_is_a_fresh_session(engine: MLXEngine, common: int) -> None:
-    """A history that is replaced, whatever it shares with the old one, answers as a new session."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        old = PROMPT + decode(engine, session, 6)
-        tokens = old[:common] + OTHER
-        reused = engine.prompt(session, tokens)
-        assert look(engine, session) == (tokens, len(tokens) - 1, [len(tokens) - 1] * NUM_LAYERS)
-        assert decode(engine, session, 10) == answer(engine, tokens, 10)
-    assert reused == min(common, len(old) - 1)
 
 
 def test_cache_grows_beyond_its_first_buffer(engine: MLXEngine) -> None:
@@ -181,7 +131,7 @@ def test_layers_that_disagree_are_found_out(engine: MLXEngine, layer: int) -> No
             engine.slots.borrow(session) as state,
         ):
             state.kv_cache[layer].trim(3)
-        assert look(engine, session) == (PROMPT, 0, [0] * NUM_LAYERS)
+        assert look(engine, session) == (PROMPT, 0)
         assert decode(engine, session, 10) == answer(engine, PROMPT, 10)
 
 
@@ -243,9 +193,9 @@ def test_failed_step_leaves_no_trace(
             patch.setattr(TransformerBlock, "__call__", fail)
             with pytest.raises(failure):
                 steps[call]()
-        tokens, cached, offsets = look(engine, session)
+        tokens, cached = look(engine, session)
         assert tokens == PROMPT
-        assert offsets == [cached] * NUM_LAYERS
+        assert layers(engine, session) == [cached] * NUM_LAYERS
         assert decode(engine, session, 10) == answer(engine, PROMPT, 10)
 
 
@@ -281,27 +231,6 @@ def test_steps_are_evaluated(engine: MLXEngine, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(mx, "eval", count)
     answer(engine, PROMPT, 4)
     assert evaluated == [NUM_LAYERS] * (3 + 4)
-
-
-@pytest.mark.parametrize("call", ["prefill", "prompt"])
-@pytest.mark.parametrize("token", [-1, VOCAB_SIZE, 2**31, 2**70])
-def test_bad_tokens_are_refused(engine: MLXEngine, call: str, token: int) -> None:
-    """A token that isn't in the vocabulary never gets to MLX, which would take it."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        before = look(engine, session)
-        with pytest.raises(ValueError, match=r"token 1 .* vocabulary of 128") as error:
-            getattr(engine, call)(session, [1, token, 2])
-        assert look(engine, session) == before
-    assert str(token) not in str(error.value).replace("128", "").replace("token 1 ", "")
-
-
-def test_empty_session_is_refused(engine: MLXEngine) -> None:
-    """There is nothing to decode from."""
-    with Session() as session:
-        with pytest.raises(ValueError, match="session is empty"):
-            engine.decode(session)
-        assert session.token_count == 0
 
 
 def test_closing_stops_a_long_prefill(engine: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:

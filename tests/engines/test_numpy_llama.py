@@ -9,20 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.engines.serving import OTHER, PROMPT, PROMPTS, VOCAB_SIZE, Serving, answer, decode, look
 
 from inference_session import Session
-from inference_session.engine import Engine
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 from llama_model import Batch, Floats, Llama, random_model
 from numpy_llama import LlamaEngine, greedy, sampling
 
 
-VOCAB_SIZE = 128
 NUM_LAYERS = 3
 CONTEXT_LENGTH = 200
-PROMPT: list[int] = np.random.default_rng(7).integers(0, VOCAB_SIZE, 40).tolist()
-OTHER: list[int] = np.random.default_rng(8).integers(0, VOCAB_SIZE, 23).tolist()
-PROMPTS = [PROMPT, OTHER, PROMPT[:1], OTHER[:5] + PROMPT]
 
 
 @pytest.fixture(scope="module")
@@ -42,24 +38,6 @@ def engine(model: Llama) -> Iterator[LlamaEngine]:
     assert engine.memory.created == engine.memory.released > 0
     assert engine.memory.used == 0
     assert not engine.memory._caches
-
-
-def decode(engine: Engine, session: Session, count: int) -> list[int]:
-    """Decode some tokens, one by one."""
-    return [engine.decode(session).token for _ in range(count)]
-
-
-def answer(engine: Engine, prompt: Sequence[int], count: int) -> list[int]:
-    """Decode some tokens in a session of their own that nothing disturbs."""
-    with Session() as session:
-        engine.prefill(session, prompt)
-        return decode(engine, session, count)
-
-
-def look(engine: LlamaEngine, session: Session) -> tuple[list[int], int]:
-    """Return a session's history, and how much of it is cached."""
-    with engine.slots.borrow(session) as state:
-        return list(state.token_history), state.kv_length
 
 
 # The arithmetic
@@ -157,6 +135,10 @@ def test_one_pass_serves_sequences_of_any_length(model: Llama) -> None:
 # The engine
 
 
+class TestServing(Serving):
+    """What a session says does not depend on how it is served."""
+
+
 def test_tokens_are_those_of_the_textbook(engine: LlamaEngine) -> None:
     """Prefill and decode together are greedy decoding of the model, and the history tells so."""
     with Session() as session:
@@ -169,15 +151,6 @@ def test_tokens_are_those_of_the_textbook(engine: LlamaEngine) -> None:
     assert (added, tokens) == (len(PROMPT), expected)
 
 
-@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 39])
-def test_chunked_prefill_is_whole_prefill(engine: LlamaEngine, size: int) -> None:
-    """It does not matter in how many calls the tokens come."""
-    with Session() as session:
-        for start in range(0, len(PROMPT), size):
-            engine.prefill(session, PROMPT[start : start + size])
-        assert decode(engine, session, 20) == answer(engine, PROMPT, 20)
-
-
 def test_prefill_of_nothing(engine: LlamaEngine) -> None:
     """An empty prefill is no error and no change, and makes an empty session no less empty."""
     with Session() as session:
@@ -186,30 +159,6 @@ def test_prefill_of_nothing(engine: LlamaEngine) -> None:
         engine.prefill(session, PROMPT)
         engine.prefill(session, ())
         assert decode(engine, session, 5) == answer(engine, PROMPT, 5)
-
-
-def test_cached_decode_is_full_recompute(engine: LlamaEngine) -> None:
-    """Nothing is lost when the KV cache is thrown away, before each and every step."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        tokens: list[int] = []
-        for _ in range(20):
-            engine.slots.evict(session)
-            assert engine.memory.used == 0
-            tokens.append(engine.decode(session).token)
-    assert tokens == answer(engine, PROMPT, 20)
-
-
-def test_interleaved_sessions_do_not_see_each_other(engine: LlamaEngine) -> None:
-    """Sessions whose steps alternate each get what they would get alone."""
-    alone = [answer(engine, prompt, 20) for prompt in PROMPTS]
-    sessions = [Session() for _ in PROMPTS]
-    for session, prompt in zip(sessions, PROMPTS, strict=True):
-        engine.prefill(session, prompt)
-    steps = [[engine.decode(session).token for session in sessions] for _ in range(20)]
-    for session in sessions:
-        session.close()
-    assert [list(tokens) for tokens in zip(*steps, strict=True)] == alone
 
 
 def test_batch_decode_is_single_decode(engine: LlamaEngine) -> None:
@@ -251,41 +200,6 @@ def test_empty_batch(engine: LlamaEngine) -> None:
     """A scheduler with nothing to do needs no special case."""
     assert engine.decode_batch([]) == []
     answer(engine, PROMPT, 1)
-
-
-@pytest.mark.parametrize("common", [0, 1, 25, 39, 40, 45, 46])
-def test_prompt_is_a_fresh_session(engine: LlamaEngine, common: int) -> None:
-    """A history that is replaced, whatever it shares with the old one, answers as a new session."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        old = PROMPT + decode(engine, session, 6)
-        tokens = old[:common] + OTHER
-        reused = engine.prompt(session, tokens)
-        assert look(engine, session) == (tokens, len(tokens) - 1)
-        assert decode(engine, session, 15) == answer(engine, tokens, 15)
-    # The last token of the old history was pending, so it was not there to be reused.
-    assert reused == min(common, len(old) - 1)
-
-
-def test_prompt_that_is_the_whole_history(engine: LlamaEngine) -> None:
-    """Asked again for what it has, a session keeps the cache and still has something to decode."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        first = decode(engine, session, 10)
-        assert engine.prompt(session, PROMPT) == len(PROMPT) - 1
-        assert decode(engine, session, 10) == first
-
-
-@pytest.mark.parametrize("pending", [0, 1, 7])
-def test_rewind_is_a_fresh_session(engine: LlamaEngine, pending: int) -> None:
-    """After a rewind, tokens added are answered as in a session that never had the others."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        decode(engine, session, 5)
-        with engine.slots.borrow(session) as state:
-            state.rewind(20, pending=pending)
-        engine.prefill(session, OTHER)
-        assert decode(engine, session, 15) == answer(engine, PROMPT[:20] + OTHER, 15)
 
 
 # Failure
@@ -400,15 +314,6 @@ def test_bad_tokens_change_nothing(engine: LlamaEngine, call: str, tokens: list[
             getattr(engine, call)(session, tokens)
         assert look(engine, session) == before
         assert decode(engine, session, 5) == answer(engine, PROMPT, 5)
-
-
-def test_errors_do_not_show_tokens(engine: LlamaEngine) -> None:
-    """An error about a token says where it is, not what it is: errors end in logs."""
-    with Session() as session:
-        engine.prefill(session, PROMPT)
-        with pytest.raises(ValueError, match="token 2 of 3 ") as error:
-            engine.prefill(session, [1, 2, 987654])
-    assert "987654" not in str(error.value)
 
 
 def test_empty_session_is_refused(engine: LlamaEngine) -> None:
