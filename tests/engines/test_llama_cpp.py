@@ -571,21 +571,47 @@ print("bye")
 """
 
 
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own."""
+    paths = os.pathsep.join(sys.path)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"},
+        timeout=100,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize("how", ["threads", "fork", "threads fork", "cycle", "nothing"])
 def test_interpreter_exits(path: Path, how: str) -> None:
     """An exit with sessions open, also while threads step them or in a forked child, is a quiet one."""
     if "fork" in how and not hasattr(os, "fork"):
         pytest.skip("no fork there")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", EXIT, str(path), *how.split()],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=100,
-        check=False,
-    )
+    run = python(EXIT, str(path), *how.split())
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.split() == ["bye"] * (2 if "fork" in how else 1)
+
+
+UNGUARDED = """
+import sys
+from pathlib import Path
+from llama_cpp import llama_batch_init
+from llama_cpp_engine import LlamaContext
+
+context = LlamaContext(Path(sys.argv[1]), n_batch=64, n_threads=1)
+context.n_batch, context._batch = 1000, llama_batch_init(1000, 0, 1)
+context.feed([(context.create(), [1] * 65)])
+print("survived")
+"""
+
+
+def test_guard_is_needed(path: Path) -> None:
+    """Without the limit on batches, llama.cpp would end the process, and every session in it."""
+    run = python(UNGUARDED, str(path))
+    assert run.returncode not in {0, 1}
+    assert run.stdout == ""
 
 
 # Models and what is missing
