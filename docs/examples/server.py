@@ -15,6 +15,7 @@ import secrets
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
+from http import HTTPStatus
 from inspect import GEN_RUNNING, getgeneratorstate
 from pathlib import Path
 from typing import Protocol
@@ -188,6 +189,7 @@ class Answer:
         id_ = self._request.session_id
         self._session = session = registry.open() if id_ is None else registry[id_]
         log.info("session %s: %s", session.id, "opened" if id_ is None else "continued")
+        outcome = "broken off"
         try:
             with closing(self._engine_steps(session)) as steps:
                 for step in steps:
@@ -200,10 +202,13 @@ class Answer:
                     yield step
             self.text = tokenizer.decode(self._tokens)
             ended = self._tokens[-1] == tokenizer.end_of_turn
-            self.finish_reason = "stop" if ended else "length"
+            self.finish_reason = outcome = "stop" if ended else "length"
             yield Step(0)
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
         finally:
-            if session.token_count == 0:  # It never began: nobody has a use for it.
+            if id_ is None and session.token_count == 0:  # It never began: nobody knows its id.
                 session.close()
             log.info(
                 "session %s: fed %d of %d tokens, wrote %d: %s",
@@ -211,7 +216,7 @@ class Answer:
                 self._fed,
                 self._prompt_length,
                 len(self._tokens),
-                self.finish_reason or "broken off",
+                outcome,
             )
 
     def _engine_steps(self, session: Session) -> Generator[Step, None, None]:
@@ -303,7 +308,8 @@ async def refuse(request: Request, error: Exception) -> Response:
         body = protocol.error(422, "invalid_request", f"{where}: {first['msg']}", where)
         return JSONResponse(body, 422)
     if isinstance(error, HTTPException):
-        body = protocol.error(error.status_code, "refused", error.detail)
+        code = HTTPStatus(error.status_code).name.lower()
+        body = protocol.error(error.status_code, code, error.detail)
         return JSONResponse(body, error.status_code, error.headers)
     status, code, message = explain(error)
     headers = {"Retry-After": "1"} if status in {409, 503} else None
