@@ -1,0 +1,194 @@
+"""An engine in JAX, where a KV cache never changes: each step returns another one.
+
+pip install jax==0.10.2
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from inference_session import Session
+from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
+from inference_session.exceptions import SessionClosedError
+
+
+try:
+    import jax
+    import jax.numpy as jnp
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"no {error.name}: install it with `pip install jax==0.10.2`", name=error.name
+    ) from error
+
+
+# The model, a small Llama. Shapes: V vocabulary, L layers, H heads of d numbers, D = H d hidden
+# size, F feed-forward size, C capacity of a cache, n tokens that are fed at once.
+
+
+class Model(NamedTuple):
+    """The weights, those of all layers in one array each."""
+
+    embedding: jax.Array
+    """(V, D)"""
+    query_key_value: jax.Array
+    """(L, D, 3, H, d)"""
+    attention_output: jax.Array
+    """(L, H, d, D)"""
+    up: jax.Array
+    """(L, D, F)"""
+    down: jax.Array
+    """(L, F, D)"""
+    output: jax.Array
+    """(D, V)"""
+
+
+Layer = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+"""Of one layer: keys, values and the four weights between `embedding` and `output`."""
+
+
+class KVCache(NamedTuple):
+    """Keys and values (L, C, H, d), and how many of the C places are taken."""
+
+    keys: jax.Array
+    values: jax.Array
+    length: int
+
+
+@jax.jit
+def forward(
+    model: Model, cache: KVCache, tokens: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Feed the first `count` of some tokens (n,), which follow on those that a cache covers.
+
+    Returns the logits (V,) after the last, and new keys and values. It is compiled for each n, not
+    for each length: what comes after `count` is written as well, to where nobody looks before it is
+    written over. The old arrays stay as they are, so they must not be donated (`donate_argnums`).
+    """
+    keys, values, start = cache
+    positions = start + jnp.arange(len(tokens))
+    seen = jnp.arange(keys.shape[1]) <= positions[:, None]  # (n, C)
+
+    def layer(x: jax.Array, at: Layer) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        keys, values, query_key_value, attention_output, up, down = at
+        query, key, value = jnp.einsum("nD,DxHd->xnHd", _norm(x), query_key_value)
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, _turn(key, positions), start, 0)
+        values = jax.lax.dynamic_update_slice_in_dim(values, value, start, 0)
+        scores = jnp.einsum("nHd,CHd->HnC", _turn(query, positions), keys) / keys.shape[-1] ** 0.5
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+        x += jnp.einsum("HnC,CHd,HdD->nD", weights, values, attention_output)
+        return x + jax.nn.silu(_norm(x) @ up) @ down, (keys, values)
+
+    layers = keys, values, model.query_key_value, model.attention_output, model.up, model.down
+    x, (keys, values) = jax.lax.scan(layer, model.embedding[tokens], layers)
+    return _norm(x[count - 1]) @ model.output, keys, values
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return x / jnp.sqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-5)
+
+
+def _turn(heads: jax.Array, positions: jax.Array) -> jax.Array:
+    """Apply the rotary embedding to (n, H, d)."""
+    one, two = jnp.split(heads, 2, axis=-1)
+    angles = positions[:, None, None] * 100.0 ** -jnp.linspace(0, 1, one.shape[-1])
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
+
+
+# The engine
+
+
+class JaxEngine:
+    """An `inference_session.engine.Engine`: any number of sessions, and a model that they share.
+
+    Between calls the last token of a session is always pending, so there is something to compute
+    the next one from. Every call feeds all that is pending, whatever the reason, and is atomic.
+    The errors of `StateSlots.borrow` come from all of them.
+    """
+
+    def __init__(self, model: Model, *, context_length: int = 512, chunk: int = 64) -> None:
+        """Serve `model`; tokens go through it one by one or by `chunk`."""
+        self.model = model
+        self.context_length = context_length
+        self.chunk = chunk
+        self.slots = StateSlots(
+            create=self._new_cache,
+            length=lambda cache: cache.length,
+            nbytes=lambda cache: cache.keys.nbytes + cache.values.nbytes,
+        )
+
+    def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
+        """Add tokens, and feed all but the last; `ValueError` if the model cannot take them."""
+        with self.slots.borrow(session) as state:
+            start = len(state.token_history)
+            state.append(tokens)
+            new = state.token_history[start:]
+            if max(new, default=0) >= len(self.model.embedding):  # Which one is no log's business.
+                raise ValueError("a token is not in the model's vocabulary")
+            self._check_room(state, 0)
+            self._feed_all_but_last(session, state)
+            # A step that was called may be under way still. Commit what is done, not what may fail.
+            jax.block_until_ready(state.kv_cache)  # type: ignore[no-untyped-call]
+        return PrefillResult(tokens_processed=len(new))
+
+    def decode(self, session: Session, /) -> DecodeResult:
+        """Add the likeliest token; `ValueError` if the session is empty or its context full."""
+        with self.slots.borrow(session) as state:
+            if not state.token_history:
+                raise ValueError("nothing to decode from: the session is empty, prefill it first")
+            self._check_room(state, 1)
+            self._feed_all_but_last(session, state)
+            token = int(self._feed(state, state.pending, 1).argmax())
+            state.append([token])
+        return DecodeResult(token=token)
+
+    def _new_cache(self) -> KVCache:
+        layers, _, _, heads, head_size = self.model.query_key_value.shape
+        # A chunk may begin at the last place, and JAX moves what would not fit to where it does.
+        shape = (layers, self.context_length + self.chunk, heads, head_size)
+        empty = jnp.zeros(shape, self.model.embedding.dtype)
+        return KVCache(empty, empty, 0)
+
+    def _feed_all_but_last(self, session: Session, state: BorrowedState[KVCache]) -> None:
+        if not state.pending:
+            state.rewind(len(state.token_history))  # Forgets no token, but uncovers one.
+        while len(pending := state.pending) > 1:
+            if session.closed:  # Nobody waits for the rest.
+                raise SessionClosedError(session.id)
+            self._feed(state, pending[: min(self.chunk, len(pending) - 1)], self.chunk)
+
+    def _feed(self, state: BorrowedState[KVCache], tokens: Sequence[int], places: int) -> jax.Array:
+        """Feed the next pending tokens, padded; return the logits (V,) after the last."""
+        cache, count = state.kv_cache, len(tokens)
+        padded = jnp.array([*tokens, *[0] * (places - count)])
+        logits: jax.Array
+        logits, keys, values = forward(self.model, cache, padded, count)
+        state.kv_cache = KVCache(keys, values, cache.length + count)
+        state.advance(count)
+        return logits
+
+    def _check_room(self, state: BorrowedState[KVCache], new_tokens: int) -> None:
+        count, most = len(state.token_history) + new_tokens, self.context_length
+        if count > most:
+            raise ValueError(f"{count} tokens do not fit in a context of {most}")
+
+
+def random_model(seed: int, *, vocab_size: int = 128) -> Model:
+    """Return random weights, large enough for every token, and all that is cached of it, to show."""
+    layers, hidden, heads, feed_forward = 3, 32, 4, 64
+    names = iter(jax.random.split(jax.random.key(seed), len(Model._fields)))
+
+    def weights(gain: float, *shape: int) -> jax.Array:
+        return gain * jax.random.normal(next(names), shape)
+
+    return Model(
+        embedding=weights(1.0, vocab_size, hidden),
+        query_key_value=weights(0.25, layers, hidden, 3, heads, hidden // heads),
+        attention_output=weights(1.0, layers, heads, hidden // heads, hidden),
+        up=weights(0.25, layers, hidden, feed_forward),
+        down=weights(0.25, layers, feed_forward, hidden),
+        output=weights(0.5, hidden, vocab_size),
+    )

@@ -1,0 +1,401 @@
+"""The engine in JAX: its arithmetic, and caches that are replaced, kept and gone back to."""
+
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import jax_engine
+from inference_session import Session
+from inference_session.engine import StateSlots
+from inference_session.exceptions import SessionBusyError, SessionClosedError
+from inference_session.testing import parametrize_with_checks
+from jax_engine import JaxEngine, KVCache, Model, forward, random_model
+
+
+# In float64 the order of sums doesn't show in the tokens.
+jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]  # noqa: FBT003
+
+VOCAB_SIZE = 128
+CONTEXT_LENGTH = 100
+CHUNK = 8
+NUM_LAYERS = 3
+PROMPT: list[int] = np.random.default_rng(7).integers(0, VOCAB_SIZE, 30).tolist()
+OTHER: list[int] = np.random.default_rng(8).integers(0, VOCAB_SIZE, 21).tolist()
+MODEL = random_model(1, vocab_size=VOCAB_SIZE)
+
+
+@pytest.fixture
+def engine() -> JaxEngine:
+    """Give an engine; all of them share what is compiled, as their shapes are the same."""
+    return new_engine()
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    """Give a session, and close it in the end."""
+    with Session() as session:
+        yield session
+
+
+def new_engine() -> JaxEngine:
+    """Return an engine whose chunks are short enough for a prompt to have several."""
+    return JaxEngine(MODEL, context_length=CONTEXT_LENGTH, chunk=CHUNK)
+
+
+def decode(engine: JaxEngine, session: Session, tokens: int) -> list[int]:
+    """Decode some tokens, one by one."""
+    return [engine.decode(session).token for _ in range(tokens)]
+
+
+def look(engine: JaxEngine, session: Session) -> tuple[list[int], int]:
+    """Return a session's history, and how much of it is cached."""
+    with engine.slots.borrow(session) as state:
+        return list(state.token_history), state.kv_length
+
+
+# The arithmetic
+
+Numbers = NDArray[np.float64]
+
+
+def naive_logits(model: Model, tokens: Sequence[int]) -> Numbers:
+    """Compute the logits after some tokens in NumPy: no cache, no padding, head by head."""
+    embedding, query_key_value, attention_output, ups, downs, output = map(np.asarray, model)
+    layers, _, _, heads, dim = query_key_value.shape
+    frequencies = 100.0 ** -np.linspace(0, 1, dim // 2)
+    turns = np.exp(1j * np.outer(np.arange(len(tokens)), frequencies))
+
+    def norm(x: Numbers) -> Numbers:
+        normed: Numbers = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-5)
+        return normed
+
+    def turn(vectors: Numbers) -> Numbers:
+        turned = (vectors[:, : dim // 2] + 1j * vectors[:, dim // 2 :]) * turns
+        return np.concatenate([turned.real, turned.imag], axis=1)
+
+    x = embedding[list(tokens)]
+    for layer in range(layers):
+        normed, attended = norm(x), np.zeros_like(x)
+        for head in range(heads):
+            matrices = query_key_value[layer, :, :, head]
+            query, key = (turn(normed @ matrices[:, which]) for which in (0, 1))
+            for now in range(len(tokens)):
+                seen = np.exp(key[: now + 1] @ query[now] / np.sqrt(dim))
+                mixed = seen / seen.sum() @ (normed[: now + 1] @ matrices[:, 2])
+                attended[now] += mixed @ attention_output[layer, head]
+        x = x + attended
+        up = norm(x) @ ups[layer]
+        x = x + up / (1 + np.exp(-up)) @ downs[layer]
+    logits: Numbers = norm(x[-1]) @ output
+    return logits
+
+
+def plain(prompt: Sequence[int], tokens: int) -> list[int]:
+    """Continue a prompt with neither session nor cache: the whole text anew for each token."""
+    text = list(prompt)
+    while len(text) < len(prompt) + tokens:
+        text.append(int(naive_logits(MODEL, text).argmax()))
+    return text[len(prompt) :]
+
+
+def fed(engine: JaxEngine, tokens: Sequence[int]) -> tuple[NDArray[np.float64], KVCache]:
+    """Feed tokens one by one; return the logits and the cache."""
+    cache, logits = engine.slots.create(), jnp.zeros(VOCAB_SIZE)
+    for token in tokens:
+        logits, keys, values = forward(MODEL, cache, jnp.array([token]), 1)
+        cache = KVCache(keys, values, cache.length + 1)
+    return np.asarray(logits), cache
+
+
+def test_logits_are_those_of_the_textbook(engine: JaxEngine) -> None:
+    """The cached and padded arithmetic computes what the model is defined to be."""
+    assert fed(engine, PROMPT)[0] == pytest.approx(naive_logits(MODEL, PROMPT), abs=1e-9)
+
+
+def test_logits_depend_on_every_token() -> None:
+    """The random model is worth testing with: no token of the prompt can be lost unseen."""
+    logits = naive_logits(MODEL, PROMPT)
+    for position, token in enumerate(PROMPT):
+        other = [*PROMPT[:position], (token + 1) % VOCAB_SIZE, *PROMPT[position + 1 :]]
+        assert np.abs(naive_logits(MODEL, other) - logits).max() > 0.1
+
+
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+def test_logits_depend_on_the_cache_of_every_layer(engine: JaxEngine, layer: int) -> None:
+    """The random model is worth testing with: no layer's cache can be torn unseen."""
+    _, cache = fed(engine, PROMPT[:-1])
+    for place in range(0, len(PROMPT) - 1, 5):
+        torn = cache._replace(
+            keys=cache.keys.at[layer, place].set(0), values=cache.values.at[layer, place].set(0)
+        )
+        logits, _, _ = forward(MODEL, torn, jnp.array(PROMPT[-1:]), 1)
+        assert np.abs(logits - naive_logits(MODEL, PROMPT)).max() > 0.02
+
+
+# The conformance kit
+
+
+@parametrize_with_checks(new_engine, vocab_size=VOCAB_SIZE)
+def test_engine(check: Callable[[], None]) -> None:
+    """The engine keeps a promise."""
+    check()
+
+
+# Prefill and decode
+
+
+def test_tokens_are_those_of_the_textbook(engine: JaxEngine, session: Session) -> None:
+    """Prefill and decode together are greedy decoding of the model, and the history tells so."""
+    added = engine.prefill(session, PROMPT).tokens_processed
+    tokens = decode(engine, session, 15)
+    assert (added, tokens) == (len(PROMPT), plain(PROMPT, 15))
+    assert look(engine, session) == (PROMPT + tokens, len(PROMPT + tokens) - 1)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 17])
+def test_chunked_prefill_is_whole_prefill(engine: JaxEngine, session: Session, size: int) -> None:
+    """It does not matter in how many calls the tokens come, nor in how many chunks they are fed."""
+    for start in range(0, len(PROMPT), size):
+        engine.prefill(session, PROMPT[start : start + size])
+    assert decode(engine, session, 5) == plain(PROMPT, 5)
+
+
+def compilations() -> int:
+    """Return for how many shapes the model is compiled."""
+    return cast("Any", forward)._cache_size()  # type: ignore[no-any-return]
+
+
+def test_nothing_is_compiled_for_a_length(engine: JaxEngine, session: Session) -> None:
+    """A conversation costs the compilation of two shapes, however it grows."""
+    engine.prefill(session, PROMPT)
+    engine.decode(session)
+    compiled = compilations()
+    for length in range(1, 20):
+        engine.prefill(session, OTHER[:length] if length % 2 else OTHER[:1])
+        if session.token_count < CONTEXT_LENGTH - 25:
+            engine.decode(session)
+        else:
+            engine.slots.evict(session)
+            with engine.slots.borrow(session) as state:
+                state.rewind(length)
+    assert compilations() == compiled
+
+
+def test_context_is_as_long_as_it_is(engine: JaxEngine, session: Session) -> None:
+    """The last place can be used, also by a padded chunk, and not one more."""
+    long = (PROMPT + OTHER) * 2
+    engine.prefill(session, long[: CONTEXT_LENGTH - 2])
+    with pytest.raises(ValueError, match="101 tokens do not fit in a context of 100"):
+        engine.prefill(session, [1, 2, 3])
+    assert decode(engine, session, 2) == plain(long[: CONTEXT_LENGTH - 2], 2)
+    engine.slots.evict(session)
+    with pytest.raises(ValueError, match="101 tokens do not fit"):
+        engine.decode(session)
+    with engine.slots.borrow(session) as state:
+        state.rewind(CONTEXT_LENGTH - 1)
+    assert decode(engine, session, 1) == plain(long[: CONTEXT_LENGTH - 2], 2)[1:]
+
+
+@pytest.mark.parametrize("pending", [0, 1, 5])
+def test_rewind_is_a_fresh_session(engine: JaxEngine, session: Session, pending: int) -> None:
+    """With no `truncate` the cache is computed anew, also where nothing was left to decode from."""
+    engine.prefill(session, PROMPT)
+    with engine.slots.borrow(session) as state:
+        state.rewind(20, pending=pending)
+        assert state.kv_length == 0
+    assert decode(engine, session, 5) == plain(PROMPT[:20], 5)
+
+
+def test_truncate_is_optional_and_easy(engine: JaxEngine, session: Session) -> None:
+    """Only the length need be set back, as what is behind it is never looked at."""
+    engine.slots = StateSlots(
+        create=engine.slots.create,
+        length=engine.slots.length,
+        truncate=lambda cache, length: cache._replace(length=length),
+    )
+    engine.prefill(session, PROMPT)
+    with engine.slots.borrow(session) as state:
+        state.rewind(20)
+        assert state.kv_length == 19
+    assert decode(engine, session, 5) == plain(PROMPT[:20], 5)
+
+
+def test_session_covered_to_its_end_can_be_decoded(engine: JaxEngine, session: Session) -> None:
+    """An application of its own may have fed all tokens: the last one is fed again."""
+    with engine.slots.borrow(session) as state:
+        state.append(PROMPT)
+        state.kv_cache = fed(engine, PROMPT)[1]
+        state.advance(len(PROMPT))
+    assert decode(engine, session, 5) == plain(PROMPT, 5)
+
+
+def test_nbytes_is_what_is_held(engine: JaxEngine, session: Session) -> None:
+    """A budget counts keys and values of all layers, padding included."""
+    engine.prefill(session, PROMPT)
+    assert engine.slots.nbytes is not None
+    with engine.slots.borrow(session) as state:
+        size = 2 * NUM_LAYERS * (CONTEXT_LENGTH + CHUNK) * 32 * 8
+        assert engine.slots.nbytes(state.kv_cache) == size
+
+
+# Failure
+
+FAULTS: list[type[BaseException]] = [MemoryError, RuntimeError, KeyboardInterrupt]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("call", ["prefill", "decode"])
+def test_failed_step_goes_back_to_the_old_arrays(
+    engine: JaxEngine,
+    session: Session,
+    call: str,
+    fault: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is computed anew: the very arrays from before are the session's again."""
+    engine.prefill(session, PROMPT)
+    before = look(engine, session)
+    with engine.slots.borrow(session) as state:
+        old = state.kv_cache
+    passes = count()
+
+    def failing(*args: object) -> object:
+        outcome = forward(*args)
+        if next(passes) == {"prefill": 2, "decode": 0}[call]:
+            raise fault
+        return outcome
+
+    steps: dict[str, Callable[[], object]] = {
+        "prefill": lambda: engine.prefill(session, OTHER),
+        "decode": lambda: engine.decode(session),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(jax_engine, "forward", failing)
+        with pytest.raises(fault):
+            steps[call]()
+    assert look(engine, session) == before
+    with engine.slots.borrow(session) as state:
+        assert state.kv_cache is old
+    assert decode(engine, session, 5) == plain(PROMPT, 5)
+
+
+def test_step_that_fails_later_is_not_committed(
+    engine: JaxEngine, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX may report a failure only when a result is needed, which must not be after the commit."""
+    engine.prefill(session, PROMPT)
+    before = look(engine, session)
+
+    has_memory = False
+
+    def keep(keys: jax.Array) -> jax.Array:
+        if has_memory:
+            return keys
+        raise MemoryError
+
+    @jax.jit
+    def slow(matrix: jax.Array) -> jax.Array:
+        def multiply(_: int, power: jax.Array) -> jax.Array:
+            return power @ matrix
+
+        power: jax.Array = jax.lax.fori_loop(0, 60, multiply, matrix)
+        return power
+
+    @jax.jit
+    def keep_later(keys: jax.Array, after: jax.Array) -> jax.Array:
+        failed: jax.Array = jax.pure_callback(keep, keys, keys)
+        return failed
+
+    slow(jnp.eye(500))
+
+    def fails_in_the_end(
+        model: Model, cache: KVCache, tokens: jax.Array, count: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        logits, keys, values = forward(model, cache, tokens, count)
+        return logits, keep_later(keys, slow(jnp.eye(500))), values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax_engine, "forward", fails_in_the_end)
+        with pytest.raises(Exception, match="MemoryError"):
+            engine.prefill(session, OTHER[:CHUNK])
+    has_memory = True
+    np.asarray(
+        keep_later(jnp.zeros(1), jnp.zeros(1))
+    )  # When Python ends, JAX asks how the last one did.
+    assert look(engine, session) == before
+    assert decode(engine, session, 5) == plain(PROMPT, 5)
+
+
+def test_prefill_stops_when_the_session_is_closed(
+    engine: JaxEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that goes away during a long prefill does not keep the engine busy to its end."""
+    session = Session()
+    passes = Counter[str]()
+
+    def closing(*args: object) -> object:
+        passes["forward"] += 1
+        session.close()
+        return forward(*args)
+
+    monkeypatch.setattr(jax_engine, "forward", closing)
+    with pytest.raises(SessionClosedError):
+        engine.prefill(session, PROMPT)
+    assert passes["forward"] == 1
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [[1, 2, VOCAB_SIZE], [1, -1], [1, 2**40], [1.0, 2.0], ["1"], [None], [[1, 2]]],
+    ids=["unknown", "negative", "huge", "floats", "text", "none", "nested"],
+)
+def test_bad_tokens_change_nothing(engine: JaxEngine, session: Session, tokens: list[int]) -> None:
+    """What is no token of the model is refused, with no token in the message."""
+    engine.prefill(session, PROMPT)
+    before = look(engine, session)
+    with pytest.raises(ValueError, match=r"vocabulary|token ids must be ints") as error:
+        engine.prefill(session, tokens)
+    assert not any(str(token) in str(error.value) for token in (VOCAB_SIZE, 2**40))
+    assert look(engine, session) == before
+
+
+def test_empty_session_is_refused(engine: JaxEngine, session: Session) -> None:
+    """There is nothing to decode from."""
+    assert engine.prefill(session, []).tokens_processed == 0
+    with pytest.raises(ValueError, match="session is empty"):
+        engine.decode(session)
+
+
+def test_busy_session_is_refused(engine: JaxEngine, session: Session) -> None:
+    """No call steps a session that is being stepped."""
+    with engine.slots.borrow(session), pytest.raises(SessionBusyError):
+        engine.prefill(session, PROMPT)
+    engine.prefill(session, PROMPT)
+    with engine.slots.borrow(session), pytest.raises(SessionBusyError):
+        engine.decode(session)
+
+
+def test_missing_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the engine without its library learns what to do."""
+    monkeypatch.setitem(sys.modules, "jax", None)
+    with pytest.raises(ModuleNotFoundError, match=r"no jax: .*pip install jax==") as error:
+        runpy.run_path(str(Path(jax_engine.__file__)))
+    assert error.value.name == "jax"
