@@ -222,8 +222,10 @@ class LlamaCppEngine:
     changes nothing.
     """
 
-    def __init__(self, context: LlamaContext) -> None:
+    def __init__(self, context: LlamaContext, *, chunk: int = 512) -> None:
+        """Serve `context`; `chunk` is the most tokens of a session that go through it at once."""
         self.context = context
+        self.chunk = min(chunk, context.n_batch)
         self.slots = StateSlots(
             create=context.create,
             length=context.length,
@@ -274,12 +276,12 @@ class LlamaCppEngine:
 
     def _feed_all_but_last(self, session: Session, state: BorrowedState[KVSequence]) -> None:
         pending = state.pending[:-1]
-        for start in range(0, len(pending), self.context.n_batch):
+        for start in range(0, len(pending), self.chunk):
             if session.closed:  # Nobody waits for the rest.
                 raise SessionClosedError(session.id)
-            chunk = pending[start : start + self.context.n_batch]
-            self.context.feed([(state.kv_cache, chunk)])
-            state.advance(len(chunk))
+            tokens = pending[start : start + self.chunk]
+            self.context.feed([(state.kv_cache, tokens)])
+            state.advance(len(tokens))
 
     def _check(self, tokens: Sequence[int]) -> list[int]:
         ids = [index(token) for token in tokens]

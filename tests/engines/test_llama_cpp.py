@@ -97,7 +97,7 @@ def model_for_kit() -> Path:
 
 @parametrize_with_checks(
     lambda: LlamaCppEngine(
-        LlamaContext(model_for_kit(), n_ctx=512, n_batch=8, n_threads=1, exact=True)
+        LlamaContext(model_for_kit(), n_ctx=512, n_threads=1, exact=True), chunk=4
     ),
     vocab_size=VOCAB_SIZE,
 )
@@ -633,11 +633,11 @@ def test_model_whose_state_cannot_be_truncated(path: Path) -> None:
     assert len(set(tokens)) > 3
 
 
-@pytest.mark.parametrize("max_sequences", [0, 33, 257])
-def test_wrong_number_of_sequences(path: Path, max_sequences: int) -> None:
+@pytest.mark.parametrize(("max_sequences", "n_batch"), [(0, 32), (33, 32), (257, 512)])
+def test_wrong_number_of_sequences(path: Path, max_sequences: int, n_batch: int) -> None:
     """What llama.cpp can't do, or a batch couldn't hold, is refused at once."""
     with pytest.raises(ValueError, match="max_sequences must be from 1 to"):
-        LlamaContext(path, max_sequences=max_sequences, n_batch=32)
+        LlamaContext(path, max_sequences=max_sequences, n_batch=n_batch)
 
 
 def test_file_that_is_no_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
