@@ -344,6 +344,32 @@ def test_full_registry_closes_the_least_recently_used() -> None:
     run(test())
 
 
+def test_crowd() -> None:
+    """More conversations at once than sessions fit: each is told to wait or gets its tokens, and never others."""
+
+    async def test() -> None:
+        small = partial(SessionRegistry, max_sessions=2)
+        async with cluster_of(1, make_registry=small) as cluster:
+            refused = 0
+
+            async def talk(seed: int) -> None:
+                nonlocal refused
+                session_id: UUID | None = None
+                while session_id is None or len(cluster.tokens(session_id)) < 60:
+                    try:
+                        if session_id is None:
+                            session_id = await cluster.open(PROMPT, seed=seed)
+                        await cluster.decode(session_id, 2)
+                    except RegistryFullError:
+                        refused += 1
+                assert cluster.tokens(session_id)[40:] == undisturbed(PROMPT, 20, seed)
+
+            await asyncio.gather(*map(talk, range(6)))
+            assert refused
+
+    run(test())
+
+
 # Errors
 
 
