@@ -93,10 +93,11 @@ class Conversation:
     """What the driver knows of a session."""
 
     session_id: UUID
-    actor: Actor
     seed: int | None
     tokens: array[int] = field(default_factory=partial(array, "i"))
     """Replaced, never changed: another object is another state."""
+    actor: Actor | None = None
+    """The actor that has the session; None until there is one, and when it has died."""
 
 
 class Cluster:
@@ -141,10 +142,9 @@ class Cluster:
         Its tokens are the likeliest ones; if there is a seed, they are drawn.
         """
         session_id = session_id or uuid4()
-        actor = await self._least_loaded()
         if session_id in self._conversations:
             raise SessionExistsError(session_id)
-        self._conversations[session_id] = Conversation(session_id, actor, seed)
+        self._conversations[session_id] = Conversation(session_id, seed)
         try:
             await self.prompt(session_id, tokens)
         except BaseException:
@@ -176,33 +176,32 @@ class Cluster:
         """End a conversation; a step of it that is under way ends soon."""
         conversation = self._find(session_id)
         del self._conversations[session_id]
-        with suppress(RayActorError):
-            await conversation.actor.close.remote(session_id)
+        if conversation.actor is not None:
+            with suppress(RayActorError):
+                await conversation.actor.close.remote(session_id)
 
     def tokens(self, session_id: UUID) -> list[int]:
         """Return all tokens of a conversation."""
         return self._find(session_id).tokens.tolist()
 
-    def actor(self, session_id: UUID) -> Actor:
-        """Return the actor that has a conversation's session."""
-        return self._find(session_id).actor
+    async def actor(self, session_id: UUID) -> Actor:
+        """Return the actor that has a conversation's session, or will have it."""
+        return await self._actor_of(self._find(session_id))
 
     async def _step(self, conversation: Conversation, call: Callable[[Actor], Awaitable[T]]) -> T:
         """Call the actor that has the session; if it's gone, another one, which then has it."""
         session_id, tokens = conversation.session_id, conversation.tokens
         for attempts_left in reversed(range(ATTEMPTS)):
-            actor = conversation.actor
+            actor = await self._actor_of(conversation)
             try:
                 result = await call(actor)
             except (RayActorError, SessionNotFoundError, SessionClosedError) as error:
                 # The actor died or is out of reach (ActorDiedError, ActorUnavailableError). Or its
                 # registry is full, and has closed this session for another one just now.
-                if not attempts_left or self._conversations.get(session_id) is not conversation:
-                    raise
                 if isinstance(error, RayActorError):
                     self._replace(actor)
-                    if conversation.actor is actor:
-                        conversation.actor = await self._least_loaded()
+                if not attempts_left or self._conversations.get(session_id) is not conversation:
+                    raise
             else:
                 if self._conversations.get(session_id) is not conversation:
                     await actor.close.remote(session_id)
@@ -218,16 +217,26 @@ class Cluster:
         except KeyError:
             raise SessionNotFoundError(session_id) from None
 
-    async def _least_loaded(self) -> Actor:
-        while not self._actors:  # They all died.
-            done, _ = await asyncio.wait(self._starting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        load = Counter(conversation.actor for conversation in self._conversations.values())
-        return min(self._actors, key=lambda actor: load[actor])
+    async def _actor_of(self, conversation: Conversation) -> Actor:
+        """Return the actor of a conversation; if it has none, it gets the one with the fewest."""
+        while conversation.actor is None:
+            while not self._actors:  # They all died.
+                done, _ = await asyncio.wait(self._starting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            load = Counter(other.actor for other in self._conversations.values())
+            actor = conversation.actor = min(self._actors, key=lambda actor: load[actor])
+            try:
+                await actor.pid.remote()  # Is it alive?
+            except RayActorError:
+                self._replace(actor)
+        return conversation.actor
 
     def _replace(self, actor: Actor) -> None:
-        if actor in self._actors:  # Else another conversation was the first to see it.
+        for conversation in self._conversations.values():
+            if conversation.actor == actor:
+                conversation.actor = None
+        if actor in self._actors:  # Else another step was the first to see it.
             self._actors.remove(actor)
             kill(actor)  # If it was out of reach only: nobody will call it any more.
             self._start_actor()

@@ -132,8 +132,8 @@ async def converse(
         for count in range(tokens_each):
             step = asyncio.create_task(cluster.decode(session_id))
             if session_id == ids[0] and count in deaths:
-                actor = cluster.actor(session_id)
-                held = sum(cluster.actor(other) == actor for other in ids)
+                actor = await cluster.actor(session_id)
+                held = [await cluster.actor(other) for other in ids].count(actor)
                 how = await deaths[count](actor)
                 print(f"  after {count} tokens, the actor of {held} conversations dies: {how}")
             await step
@@ -163,7 +163,8 @@ async def send_a_session(cluster: Cluster) -> str:
     session_id = await cluster.open([1])
     with Session() as session:
         try:
-            await cluster.actor(session_id).prefill.remote(cast("UUID", session), [1])
+            actor = await cluster.actor(session_id)
+            await actor.prefill.remote(cast("UUID", session), [1])
         except TypeError as error:
             return str(error.__cause__)
     return "no error"

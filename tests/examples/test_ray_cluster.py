@@ -34,7 +34,7 @@ from inference_session.exceptions import (
 )
 from llama_model import Batch, Floats, Llama, random_model
 from numpy_llama import LlamaEngine, greedy, sampling
-from ray_cluster import Actor, Cluster, EngineActor, kill
+from ray_cluster import ATTEMPTS, Actor, Cluster, EngineActor, kill
 from ray_demo import start_ray
 
 
@@ -77,6 +77,24 @@ class SlowLlama(Llama):
         return hidden
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeadlyLlama(Llama):
+    """Takes its process with it when a KV cache is `length` tokens long."""
+
+    length: int
+
+    def forward(self, batch: Batch) -> Floats:
+        """Do the work, or die."""
+        if any(cache.length == self.length for cache, _ in batch):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(batch)
+
+
+def parts_of(model: Llama) -> dict[str, Any]:
+    """Return what a model is made of."""
+    return {part.name: getattr(model, part.name) for part in fields(model)}
+
+
 @dataclass
 class Stop:
     """A point in a step: somebody waits there, in whatever process."""
@@ -86,8 +104,7 @@ class Stop:
 
     def engine(self) -> LlamaEngine:
         """Make an engine that waits there."""
-        model = random_model(1)
-        parts = {part.name: getattr(model, part.name) for part in fields(model)}
+        parts = parts_of(random_model(1))
         return LlamaEngine(SlowLlama(**parts, length=self.length, folder=self.folder), chunk=16)
 
     async def reached(self) -> None:
@@ -163,14 +180,16 @@ def test_process_is_killed_in_mid_decode(tmp_path: Path, seed: int | None) -> No
             for session_id in ids[1:]:
                 await cluster.decode(session_id, 5)
             await cluster.decode(ids[0], 7)
-            victim = cluster.actor(ids[0])
-            on_victim = {session_id for session_id in ids if cluster.actor(session_id) == victim}
+            victim = await cluster.actor(ids[0])
+            on_victim = {
+                session_id for session_id in ids if await cluster.actor(session_id) == victim
+            }
             step = asyncio.create_task(cluster.decode(ids[0], 4))
             await stop.reached()
             await kill_process(victim)
 
             new = await step
-            assert cluster.actor(ids[0]) != victim
+            assert await cluster.actor(ids[0]) != victim
             assert new == undisturbed(PROMPT, 11, seed)[7:]
             for session_id in ids:
                 await cluster.decode(session_id, 20)
@@ -178,7 +197,7 @@ def test_process_is_killed_in_mid_decode(tmp_path: Path, seed: int | None) -> No
                 tokens = cluster.tokens(session_id)
                 assert tokens == PROMPT[:n] + undisturbed(PROMPT[:n], len(tokens) - n, seed)
 
-            survivor = cluster.actor(ids[0])
+            survivor = await cluster.actor(ids[0])
             assert len(on_victim) == 2
             assert on_victim <= await held(survivor)  # Under the same ids.
             await all_ready(cluster)
@@ -196,7 +215,7 @@ def test_ray_kills_between_steps() -> None:
             first, second = await cluster.open(PROMPT), await cluster.open(OTHER, seed=1)
             await asyncio.gather(cluster.decode(first, 5), cluster.decode(second, 5))
             for session_id in (first, second, first):
-                kill(cluster.actor(session_id))
+                kill(await cluster.actor(session_id))
                 await cluster.decode(session_id, 3)
             await cluster.decode(second, 3)
             assert cluster.tokens(first)[40:] == undisturbed(PROMPT, 11)
@@ -206,17 +225,40 @@ def test_ray_kills_between_steps() -> None:
 
 
 def test_all_actors_die_at_once() -> None:
-    """With no actor left, conversations wait for a new one, and go on there."""
+    """However many actors have died unseen, conversations find one that lives, if they must wait for it."""
 
     async def test() -> None:
-        async with cluster_of(2) as cluster:
-            ids = [await cluster.open(PROMPT) for _ in range(4)]
+        async with cluster_of(ATTEMPTS) as cluster:
+            ids = [await cluster.open(PROMPT) for _ in range(2 * ATTEMPTS)]
             for actor in list(cluster._actors):
                 await kill_process(actor)
-            answers = await asyncio.gather(*(cluster.decode(session_id, 6) for session_id in ids))
-            assert answers == [undisturbed(PROMPT, 6)] * 4
+            for session_id in ids[:2]:  # One after the other: the first one meets all the dead.
+                assert await cluster.decode(session_id, 6) == undisturbed(PROMPT, 6)
+            answers = await asyncio.gather(
+                *(cluster.decode(session_id, 6) for session_id in ids[2:])
+            )
+            assert answers == [undisturbed(PROMPT, 6)] * (2 * ATTEMPTS - 2)
             await all_ready(cluster)
-            assert len(cluster._actors) == 2
+            assert len(cluster._actors) == ATTEMPTS
+
+    run(test())
+
+
+def test_step_that_kills(tmp_path: Path) -> None:
+    """A step that every actor dies of fails in the end, and spares the cluster's other conversations."""
+
+    def engine_that_dies() -> LlamaEngine:
+        return LlamaEngine(DeadlyLlama(**parts_of(random_model(1)), length=len(PROMPT) + 2))
+
+    async def test() -> None:
+        async with cluster_of(1, engine_that_dies) as cluster:
+            other, deadly = await cluster.open(OTHER), await cluster.open(PROMPT)
+            await cluster.decode(other)
+            with pytest.raises(ActorDiedError):
+                await cluster.decode(deadly, 5)
+            assert cluster.tokens(deadly) == PROMPT
+            await cluster.decode(other, 3)
+            assert cluster.tokens(other)[23:] == undisturbed(OTHER, 4)
 
     run(test())
 
@@ -232,7 +274,7 @@ def test_actor_is_unavailable(tmp_path: Path) -> None:
             actor: Actor = restarts.remote(stop.engine, SessionRegistry)
             cluster._actors.insert(0, actor)
             session_id = await cluster.open(PROMPT)
-            assert cluster.actor(session_id) == actor
+            assert await cluster.actor(session_id) == actor
             direct = actor.decode.remote(session_id, PROMPT, 3, None)
             await stop.reached()
             await kill_process(actor)
@@ -260,7 +302,7 @@ def test_random_deaths() -> None:
                 ]
                 if dice.random() < 0.4:
                     await asyncio.sleep(dice.random() / 100)
-                    kill(cluster.actor(dice.choice(ids)))
+                    kill(await cluster.actor(dice.choice(ids)))
                 await asyncio.gather(*steps)
             for seed, session_id in enumerate(ids):
                 tokens = cluster.tokens(session_id)
@@ -293,13 +335,13 @@ def test_load_spreads() -> None:
     async def test() -> None:
         async with cluster_of(2) as cluster:
             ids = [await cluster.open(PROMPT) for _ in range(6)]
-            assert sorted(Counter(map(cluster.actor, ids)).values()) == [3, 3]
-            old = cluster.actor(ids[0])
+            assert sorted(Counter([await cluster.actor(one) for one in ids]).values()) == [3, 3]
+            old = await cluster.actor(ids[0])
             await kill_process(old)
             await cluster.decode(ids[0])
             await all_ready(cluster)
-            (new,) = {cluster.actor(await cluster.open(PROMPT)) for _ in range(2)}
-            assert new not in {old, cluster.actor(ids[0])}
+            (new,) = {await cluster.actor(await cluster.open(PROMPT)) for _ in range(2)}
+            assert new not in {old, await cluster.actor(ids[0])}
 
     run(test())
 
@@ -310,14 +352,14 @@ def test_prefix_is_reused_where_the_session_is() -> None:
     async def test() -> None:
         async with cluster_of(2) as cluster:
             ids = [await cluster.open(PROMPT), await cluster.open(OTHER)]
-            assert cluster.actor(ids[0]) != cluster.actor(ids[1])
+            assert await cluster.actor(ids[0]) != await cluster.actor(ids[1])
             for session_id in ids:
                 await cluster.decode(session_id, 5)
                 tokens = cluster.tokens(session_id)
                 assert await cluster.prompt(session_id, [*tokens, 1, 2, 3]) == len(tokens) - 1
                 assert await cluster.prompt(session_id, tokens[:10]) == 9
             tokens = [*cluster.tokens(ids[0]), 4, 5]
-            kill(cluster.actor(ids[0]))
+            kill(await cluster.actor(ids[0]))
             assert await cluster.prompt(ids[0], tokens) == 0
             assert await cluster.decode(ids[0], 9) == undisturbed(tokens, 9)
 
@@ -331,9 +373,9 @@ def test_full_registry_closes_the_least_recently_used() -> None:
         small = partial(SessionRegistry, max_sessions=2)
         async with cluster_of(1, make_registry=small) as cluster:
             ids = [await cluster.open(prompt) for prompt in (PROMPT, OTHER, PROMPT[:9])]
-            assert await held(cluster.actor(ids[0])) == set(ids[1:])
+            assert await held(await cluster.actor(ids[0])) == set(ids[1:])
             await cluster.decode(ids[2])  # It is there: nothing is closed for it.
-            assert await held(cluster.actor(ids[0])) == set(ids[1:])
+            assert await held(await cluster.actor(ids[0])) == set(ids[1:])
             for _ in range(4):
                 for session_id in ids:
                     await cluster.decode(session_id, 2)
@@ -378,7 +420,7 @@ def test_session_is_sent_by_mistake() -> None:
 
     async def test() -> None:
         async with cluster_of(1) as cluster:
-            actor = cluster.actor(await cluster.open(PROMPT))
+            actor = await cluster.actor(await cluster.open(PROMPT))
             session = Session()
             with pytest.raises(TypeError, match="Could not serialize the argument") as one:
                 actor.prefill.remote(session, [1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -405,7 +447,7 @@ def test_session_is_returned_by_mistake() -> None:
                 return self._registry[session_id]
 
             with pytest.raises(TypeError, match=SENTENCE) as caught:
-                await cast("Any", cluster.actor(session_id)).__ray_call__.remote(give)
+                await cast("Any", await cluster.actor(session_id)).__ray_call__.remote(give)
             assert isinstance(caught.value, RayTaskError)
             assert await cluster.decode(session_id, 5) == undisturbed(PROMPT, 5)
 
@@ -525,7 +567,7 @@ def test_bad_tokens() -> None:
                 assert "77777" not in str(caught.value)
                 with pytest.raises(ValueError, match="token 1 of 2"):
                     await cluster.open(bad, session_id=refused)
-                assert refused not in await held(cluster.actor(session_id))
+                assert refused not in await held(await cluster.actor(session_id))
             assert await cluster.decode(session_id, 3) == undisturbed(PROMPT, 3)
 
     run(test())
@@ -567,7 +609,7 @@ def test_cancelled_while_all_actors_start(tmp_path: Path) -> None:
     async def test() -> None:
         async with cluster_of(1) as cluster:
             ids = [await cluster.open(PROMPT) for _ in range(2)]
-            await kill_process(cluster.actor(ids[0]))
+            await kill_process(await cluster.actor(ids[0]))
             steps = [asyncio.create_task(cluster.decode(session_id, 3)) for session_id in ids]
             while not cluster._starting:  # noqa: ASYNC110  that is the cluster's business
                 await asyncio.sleep(0)
@@ -585,7 +627,7 @@ def test_closed_in_mid_step(tmp_path: Path) -> None:
         stop = Stop(len(PROMPT) + 2, tmp_path)
         async with cluster_of(1, stop.engine) as cluster:
             session_id = await cluster.open(PROMPT)
-            actor = cluster.actor(session_id)
+            actor = await cluster.actor(session_id)
             step = asyncio.create_task(cluster.decode(session_id, 300))
             await stop.reached()
             await cluster.close(session_id)
@@ -608,7 +650,7 @@ def test_closed_while_its_actor_is_dead(tmp_path: Path) -> None:
             session_id = await cluster.open(PROMPT)
             step = asyncio.create_task(cluster.decode(session_id, 300))
             await stop.reached()
-            await kill_process(cluster.actor(session_id))
+            await kill_process(await cluster.actor(session_id))
             await cluster.close(session_id)
             with pytest.raises((ActorDiedError, SessionClosedError)):
                 await step
