@@ -8,6 +8,7 @@ pip install jax==0.10.2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import NamedTuple
 
 from inference_session import Session
@@ -122,17 +123,21 @@ class JaxEngine:
 
     def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
         """Add tokens, and feed all but the last; `ValueError` if the model cannot take them."""
+        new = self._check(tokens)
         with self.slots.borrow(session) as state:
-            start = len(state.token_history)
-            state.append(tokens)
-            new = state.token_history[start:]
-            if max(new, default=0) >= len(self.model.embedding):  # Which one is no log's business.
-                raise ValueError("a token is not in the model's vocabulary")
+            state.append(new)
             self._check_room(state, 0)
             self._feed_all_but_last(session, state)
-            # A step that was called may be under way still. Commit what is done, not what may fail.
-            jax.block_until_ready(state.kv_cache)  # type: ignore[no-untyped-call]
         return PrefillResult(tokens_processed=len(new))
+
+    def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
+        """Make `tokens` the whole history; return how many of them the KV cache had already."""
+        history = self._check(tokens)
+        with self.slots.borrow(session) as state:
+            reused = state.reuse_prefix(history)
+            self._check_room(state, 0)
+            self._feed_all_but_last(session, state)
+        return reused
 
     def decode(self, session: Session, /) -> DecodeResult:
         """Add the likeliest token; `ValueError` if the session is empty or its context full."""
@@ -159,6 +164,8 @@ class JaxEngine:
             if session.closed:  # Nobody waits for the rest.
                 raise SessionClosedError(session.id)
             self._feed(state, pending[: min(self.chunk, len(pending) - 1)], self.chunk)
+            # A step that was called may be under way still. Commit what is done, not what may fail.
+            jax.block_until_ready(state.kv_cache)  # type: ignore[no-untyped-call]
 
     def _feed(self, state: BorrowedState[KVCache], tokens: Sequence[int], places: int) -> jax.Array:
         """Feed the next pending tokens, padded; return the logits (V,) after the last."""
@@ -169,6 +176,14 @@ class JaxEngine:
         state.kv_cache = KVCache(keys, values, cache.length + count)
         state.advance(count)
         return logits
+
+    def _check(self, tokens: Sequence[int]) -> list[int]:
+        ids = [index(token) for token in tokens]
+        size = len(self.model.embedding)
+        for place, token in enumerate(ids):
+            if not 0 <= token < size:  # JAX would take any number; and none belongs in a log.
+                raise ValueError(f"token {place} (from 0) is not in the vocabulary of {size}")
+        return ids
 
     def _check_room(self, state: BorrowedState[KVCache], new_tokens: int) -> None:
         count, most = len(state.token_history) + new_tokens, self.context_length

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from operator import index
 from typing import Any, cast
 
 from inference_session import Session
@@ -100,15 +101,21 @@ class TransformersEngine:
 
     def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
         """Add tokens, and feed all but the last; `ValueError` if the model cannot take them."""
+        new = self._check(tokens)
         with self.slots.borrow(session) as state:
-            start = len(state.token_history)
-            state.append(tokens)
-            new = state.token_history[start:]
-            if max(new, default=0) >= self._config("vocab_size"):  # Which, is no log's business.
-                raise ValueError("a token is not in the model's vocabulary")
+            state.append(new)
             self._check_room(state, 0)
             self._feed_all_but_last(session, state)
         return PrefillResult(tokens_processed=len(new))
+
+    def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
+        """Make `tokens` the whole history; return how many of them the KV cache had already."""
+        history = self._check(tokens)
+        with self.slots.borrow(session) as state:
+            reused = state.reuse_prefix(history)
+            self._check_room(state, 0)
+            self._feed_all_but_last(session, state)
+        return reused
 
     def decode(self, session: Session, /) -> DecodeResult:
         """Add the likeliest token; `ValueError` if the session is empty or its context full."""
@@ -160,6 +167,14 @@ class TransformersEngine:
         state.advance(len(tokens))
         logits: torch.Tensor = output.logits[0, -1]
         return logits
+
+    def _check(self, tokens: Sequence[int]) -> list[int]:
+        ids = [index(token) for token in tokens]
+        size = self._config("vocab_size")
+        for place, token in enumerate(ids):
+            if not 0 <= token < size:  # What it is does not belong in a log.
+                raise ValueError(f"token {place} (from 0) is not in the vocabulary of {size}")
+        return ids
 
     def _check_room(self, state: BorrowedState[DynamicCache], new_tokens: int) -> None:
         count, most = len(state.token_history), self._config("max_position_embeddings")

@@ -85,8 +85,7 @@ def with_a_session() -> None:
             else:
                 raise AssertionError
         assert engine.generate(session, 7) == generate(SYSTEM + FIRST)
-        with engine.slots.borrow(session) as state:
-            reused = state.reuse_prefix(SYSTEM + SECOND)
+        reused = engine.prompt(session, SYSTEM + SECOND)
         second = engine.generate(session, 7)
     right = second == generate(SYSTEM + SECOND)
     print(f"  another question: {reused} tokens of the cache are reused, and the rest is cut off")

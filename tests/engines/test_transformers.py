@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 import runpy
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
+from tests.engines.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, decode, look
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -39,16 +39,8 @@ from inference_session.testing import parametrize_with_checks
 from transformers_engine import RAGGED, TransformersEngine, random_llama
 
 
-VOCAB_SIZE = 128
 NUM_LAYERS = 4
 CONTEXT_LENGTH = 512
-PROMPT: list[int] = torch.randint(
-    VOCAB_SIZE, (40,), generator=torch.Generator().manual_seed(7)
-).tolist()
-OTHER: list[int] = torch.randint(
-    VOCAB_SIZE, (23,), generator=torch.Generator().manual_seed(8)
-).tolist()
-
 torch.set_num_threads(1)
 
 SINCE_5 = pytest.mark.skipif(
@@ -73,17 +65,6 @@ def session() -> Iterator[Session]:
     """Give a session, and close it in the end."""
     with Session() as session:
         yield session
-
-
-def decode(engine: TransformersEngine, session: Session, tokens: int) -> list[int]:
-    """Decode some tokens, one by one."""
-    return [engine.decode(session).token for _ in range(tokens)]
-
-
-def look(engine: TransformersEngine, session: Session) -> tuple[list[int], int]:
-    """Return a session's history, and how much of it is cached."""
-    with engine.slots.borrow(session) as state:
-        return list(state.token_history), state.kv_length
 
 
 @torch.no_grad()
@@ -158,6 +139,13 @@ def test_logits_depend_on_the_cache_of_every_layer(model: LlamaForCausalLM) -> N
         assert (output.logits[0, -1] - plain_logits(model, PROMPT)).abs().max() > 0.02
 
 
+# What a session says does not depend on how it is served
+
+
+class TestServing(Serving):
+    """What a session says does not depend on how it is served."""
+
+
 # Prefill and decode
 
 
@@ -167,16 +155,6 @@ def test_tokens_are_those_of_the_model(engine: TransformersEngine, session: Sess
     tokens = decode(engine, session, 20)
     assert (added, tokens) == (len(PROMPT), plain(engine.model, PROMPT, 20))
     assert look(engine, session) == (PROMPT + tokens, len(PROMPT + tokens) - 1)
-
-
-@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 39])
-def test_chunked_prefill_is_whole_prefill(
-    engine: TransformersEngine, session: Session, size: int
-) -> None:
-    """It does not matter in how many calls the tokens come, nor in how many chunks they are fed."""
-    for start in range(0, len(PROMPT), size):
-        engine.prefill(session, PROMPT[start : start + size])
-    assert decode(engine, session, 10) == plain(engine.model, PROMPT, 10)
 
 
 def test_chunks_bound_what_is_fed_at_once(
@@ -192,26 +170,6 @@ def test_chunks_bound_what_is_fed_at_once(
         engine.prefill(session, PROMPT)
         engine.decode(session)
     assert fed == [(16, 1), (16, 1), (7, 1), (1, 1)]
-
-
-def test_cached_decode_is_full_recompute(engine: TransformersEngine, session: Session) -> None:
-    """Nothing is lost when the KV cache is thrown away, before each and every step."""
-    engine.prefill(session, PROMPT)
-    tokens: list[int] = []
-    for _ in range(10):
-        engine.slots.evict(session)
-        tokens += decode(engine, session, 1)
-    assert tokens == plain(engine.model, PROMPT, 10)
-
-
-def test_interleaved_sessions_do_not_see_each_other(engine: TransformersEngine) -> None:
-    """Sessions whose steps alternate each get what they would get alone."""
-    with Session() as one, Session() as two:
-        engine.prefill(one, PROMPT)
-        engine.prefill(two, OTHER)
-        steps = [(engine.decode(one).token, engine.decode(two).token) for _ in range(10)]
-    expected = plain(engine.model, PROMPT, 10), plain(engine.model, OTHER, 10)
-    assert [list(tokens) for tokens in zip(*steps, strict=True)] == list(expected)
 
 
 @pytest.mark.parametrize("pending", [0, 1, 5])
@@ -515,20 +473,16 @@ def test_generate_refuses_what_is_no_continuation(
 # What is refused
 
 
-@pytest.mark.parametrize(
-    "tokens",
-    [[1, 2, VOCAB_SIZE], [1, -1], [1, 2**40], [1.0, 2.0], ["1"], [None], [[1, 2]]],
-    ids=["unknown", "negative", "huge", "floats", "text", "none", "nested"],
-)
-def test_bad_tokens_change_nothing(
-    engine: TransformersEngine, session: Session, tokens: list[int]
+@pytest.mark.parametrize("tokens", [[1.0, 2.0], ["1"], [None], [[1, 2]], 3, [1, 2**70]])
+@pytest.mark.parametrize("call", ["prefill", "prompt"])
+def test_what_is_no_token_changes_nothing(
+    engine: TransformersEngine, session: Session, call: str, tokens: object
 ) -> None:
-    """What is no token of the model is refused, with no token in the message."""
+    """Only ints of the vocabulary get as far as the history."""
     engine.prefill(session, PROMPT)
     before = look(engine, session)
-    with pytest.raises(ValueError, match=r"vocabulary|token ids must be ints") as error:
-        engine.prefill(session, tokens)
-    assert not re.search(r"128|1099511627776", str(error.value))
+    with pytest.raises((TypeError, ValueError), match=r"integer|iterable|vocabulary of 128"):
+        getattr(engine, call)(session, tokens)
     assert look(engine, session) == before
 
 
@@ -594,6 +548,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
         n_layer=3,
         n_head=4,
         initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
     ),
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
     "gemma3": Gemma3TextConfig(
@@ -608,7 +565,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 def new_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return a model with random weights, always the same."""
-    torch.manual_seed(2)
+    torch.manual_seed(4)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return model.double()
 
@@ -620,7 +577,7 @@ def test_other_models(name: str, session: Session) -> None:
     engine = TransformersEngine(model, chunk=16)
     assert (engine.slots.truncate is None) == (name in {"gemma3", "mistral"})
     expected = plain(model, PROMPT, 20)
-    assert len(set(expected)) > 3
+    assert len(set(expected)) > 4
     engine.prefill(session, PROMPT)
     assert decode(engine, session, 10) == expected[:10]
 
