@@ -1,8 +1,9 @@
 """The registry: many sessions by their ids, and the limits that they share.
 
-A lock guards each registry's books; no code of others runs while it is held. So what is done under the lock makes no
-call: Python lets neither a signal handler in then, nor what a signal raises, and all of it is one instant. What others
-wrote (`nbytes`, `release`) is called before or after, by whoever has the session's lease.
+A lock guards the books; no code of others runs while it is held. So what is done under the lock makes no call: Python
+lets neither a signal handler in then, nor what a signal raises, and all of it is one instant. An entry is moved by one
+turn of a loop over a `map`, which is none. What others wrote (`nbytes`, `release`) is called before or after, by who has
+the session's lease.
 """
 
 import math
@@ -154,6 +155,7 @@ class SessionRegistry:
     # By the ids' ints, as the hash of a UUID itself is slow; the least recently used first.
     _sessions: OrderedDict[int, Session]
     _kv_bytes: OrderedDict[int, int]
+    _orders: tuple[OrderedDict[int, Any], ...]
     _room: float
     """How many more sessions may be opened."""
     _kv_total: int
@@ -175,6 +177,7 @@ class SessionRegistry:
         self._kv_limit = math.inf if max_kv_bytes is None else max_kv_bytes
         self._sessions = OrderedDict()
         self._kv_bytes = OrderedDict()
+        self._orders = (self._sessions, self._kv_bytes)
         self._room = math.inf if max_sessions is None else max_sessions
         self._kv_total = 0
         self._closed = False
@@ -220,17 +223,17 @@ class SessionRegistry:
         key = _key(id)
         now = self._now()
         sessions, kv_bytes = self._sessions, self._kv_bytes
+        moves = map(OrderedDict.move_to_end, self._orders, (key, key))
         with _lock:
             if key not in sessions:
                 return None
             session = sessions[key]
-            del sessions[key]
-            sessions[key] = session
             session._registration = now
+            for _ in moves:
+                break
             if key in kv_bytes:
-                nbytes = kv_bytes[key]
-                del kv_bytes[key]
-                kv_bytes[key] = nbytes
+                for _ in moves:
+                    break
         return session
 
     def __contains__(self, id: UUID) -> bool:  # noqa: A002
@@ -349,18 +352,22 @@ class SessionRegistry:
         key = ledger.session_id.int
         now = self._now()
         sessions, kv_bytes = self._sessions, self._kv_bytes
+        moves = map(OrderedDict.move_to_end, self._orders, (key, key))
         with _lock:
-            if key in sessions and sessions[key]._ledger is ledger:
-                session = sessions[key]
-                del sessions[key]
-                sessions[key] = session
-                session._registration = now
-                if key in kv_bytes:
-                    self._kv_total -= kv_bytes[key]
+            if key not in sessions or sessions[key]._ledger is not ledger:
+                return
+            sessions[key]._registration = now
+            for _ in moves:
+                break
+            if key in kv_bytes:
+                self._kv_total -= kv_bytes[key]
+                if nbytes == 0:
                     del kv_bytes[key]
-                if nbytes > 0:
-                    kv_bytes[key] = nbytes
-                    self._kv_total += nbytes
+            if nbytes > 0:
+                self._kv_total += nbytes
+                kv_bytes[key] = nbytes
+                for _ in moves:
+                    break
 
     def _forget_cache(self, session: Session) -> None:
         key = session._id.int
