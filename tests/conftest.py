@@ -1,9 +1,11 @@
 """What many tests begin with."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 from tests.caches import Cache, Memory
+from tests.weather import Weather, delivery_points
 
 from inference_session import Session
 from inference_session.engine import StateSlots
@@ -30,3 +32,16 @@ def session(memory: Memory) -> Iterator[Session]:
     with Session() as session:
         yield session
         memory.faults.clear()
+
+
+@pytest.fixture
+def weather() -> Iterator[Weather]:
+    """Have the delivery points counted."""
+    weather = Weather()
+    gc.collect()
+    gc.disable()  # or else strikes hit finalizers of what other tests left
+    try:
+        with delivery_points(weather):
+            yield weather
+    finally:
+        gc.enable()

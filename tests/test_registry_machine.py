@@ -138,7 +138,7 @@ class Registries(RuleBasedStateMachine):
         self.idle_timeout = idle_timeout
         self.max_kv_bytes = max_kv_bytes
         self.engine = Engine()
-        self.time = self.last = 1000.0
+        self.time = 1000.0
         self.order: list[Talk] = []
         """The open sessions, the least recently used first."""
         self.closed: list[Talk] = []
@@ -163,7 +163,7 @@ class Registries(RuleBasedStateMachine):
 
     def touch(self, talk: Talk) -> None:
         """Use a session."""
-        self.last = talk.used = max(self.time, self.last)
+        talk.used = self.time
         if talk in self.order:
             self.order.remove(talk)
             self.order.append(talk)
@@ -480,9 +480,9 @@ class Registries(RuleBasedStateMachine):
         assert error is not None or closed == expected
         self.check_raised(error)
 
-    @rule(seconds=st.sampled_from([1.0, 5.0, 10.0, 10.5, 1e6, -1.0, -1e3]))
+    @rule(seconds=st.sampled_from([1.0, 5.0, 10.0, 10.5, 1e6]))
     def jump(self, seconds: float) -> None:
-        """Let time pass; it may even go back."""
+        """Let time pass, perhaps a lot of it, as when the machine slept."""
         self.time += seconds
 
     @rule()

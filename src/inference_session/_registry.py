@@ -2,8 +2,8 @@
 
 A lock guards the books; no code of others runs while it is held. So what is done under the lock makes no call: Python
 lets neither a signal handler in then, nor what a signal raises, and all of it is one instant. An entry is moved by one
-turn of a loop over a `map`, which is none. What others wrote (`nbytes`, `release`) is called before or after, by who has
-the session's lease.
+turn of a loop over a `map`, which is none. What others wrote (`nbytes`, `release`) is called before or after, under the
+session's lease.
 """
 
 import math
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 KV = TypeVar("KV")
 
-_RESOLUTION: Final = 1 / 1024
-"""How exactly it's known when a session was last used, as a part of the idle timeout."""
+_move_to_end: Final = OrderedDict[int, Any].move_to_end
 
 _lock = RLock()  # a finalizer can come in at any allocation; it does no harm
 
@@ -95,11 +94,11 @@ class RegisteredLedger(Ledger[KV]):
         registry = self.registry()
         if registry is not None:
             registry._note(self, registry._measure(self))
-        return Ledger.new_savepoint(self)
+        return super().new_savepoint()
 
     def roll_back(self, failure: BaseException | None = None) -> None:
         """Take note of a step that has failed; a KV cache that can't be measured then is let go of."""
-        Ledger.roll_back(self, failure)
+        super().roll_back(failure)
         registry = self.registry()
         if registry is not None:
             try:
@@ -161,6 +160,8 @@ class SessionRegistry:
     _kv_total: int
     _closed: bool
     _latest: Registration
+    _resolution: float
+    """How exactly it's known when a session was last used, in seconds."""
 
     def __init__(
         self,
@@ -177,6 +178,7 @@ class SessionRegistry:
         self._kv_limit = math.inf if max_kv_bytes is None else max_kv_bytes
         self._sessions = OrderedDict()
         self._kv_bytes = OrderedDict()
+        self._resolution = (idle_timeout or math.inf) / 1024
         self._orders = (self._sessions, self._kv_bytes)
         self._room = math.inf if max_sessions is None else max_sessions
         self._kv_total = 0
@@ -199,7 +201,7 @@ class SessionRegistry:
             self._close_idle(_say)
         borrowed: set[Session] = set()
         while not self._add(session):
-            if len(borrowed) >= len(self._sessions):
+            if len(borrowed) >= len(self) and borrowed.issuperset(self._snapshot() or [session]):
                 raise RegistryFullError(cast("int", self._max_sessions))
             first = self._first()
             if first is not None and not self._close_unborrowed(first, _say):
@@ -220,10 +222,13 @@ class SessionRegistry:
 
     def get(self, id: UUID) -> Session | None:  # noqa: A002
         """Return the open session with this id, or None."""
-        key = _key(id)
-        now = self._now()
+        try:
+            key = id.int
+        except AttributeError:
+            raise not_a_uuid(id) from None
+        now = self._latest if self._idle_timeout is None else self._now()
         sessions, kv_bytes = self._sessions, self._kv_bytes
-        moves = map(OrderedDict.move_to_end, self._orders, (key, key))
+        moves = map(_move_to_end, self._orders, (key, key))
         with _lock:
             if key not in sessions:
                 return None
@@ -352,7 +357,7 @@ class SessionRegistry:
         key = ledger.session_id.int
         now = self._now()
         sessions, kv_bytes = self._sessions, self._kv_bytes
-        moves = map(OrderedDict.move_to_end, self._orders, (key, key))
+        moves = map(_move_to_end, self._orders, (key, key))
         with _lock:
             if key not in sessions or sessions[key]._ledger is not ledger:
                 return
@@ -396,11 +401,13 @@ class SessionRegistry:
 
     def _now(self) -> Registration:
         """Return what tells that a session was used now."""
-        timeout, latest = self._idle_timeout, self._latest
-        if timeout is None:
+        latest = self._latest
+        if self._idle_timeout is None:
             return latest
-        now = max(monotonic(), latest.until)
-        if now - latest.since <= timeout * _RESOLUTION:
+        now = monotonic()
+        if now < latest.until:
+            return latest  # against its promise, the clock has gone back
+        if now - latest.since <= self._resolution:
             latest.until = now
         else:
             self._latest = latest = Registration(latest.registry, now, now)

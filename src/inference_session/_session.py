@@ -220,10 +220,14 @@ class Session:
 
     def _hold(self, lease: Lease) -> Lease | None:
         """Take the session unless it is borrowed, and return the lease: if it's being closed or evicted, that one's."""
-        last = leases.setdefault(id(self), lease)
-        if last is lease or isinstance(last(), Keeper):
-            return last
-        return lease if last() is None and replace_dead(id(self), last, lease) else None
+        while True:
+            last = leases.setdefault(id(self), lease)
+            if last is lease or isinstance(last(), Keeper):
+                return last
+            if last() is not None:
+                return None
+            if replace_dead(id(self), last, lease):
+                return lease
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(_NEVER_A_COPY)

@@ -1,92 +1,86 @@
-"""What type checkers know of a registry, and which of its misuses they find."""
+"""What type checkers know of `SessionRegistry`, and which of its misuses they find."""
 
+from collections.abc import Iterator
 from typing import assert_type
 from uuid import UUID, uuid4
 
 from inference_session import Session, SessionRegistry
-from inference_session.exceptions import (
-    RegistryFullError,
-    SessionError,
-    SessionExistsError,
-    SessionNotFoundError,
-)
+from inference_session.exceptions import SessionNotFoundError
 
 
 def test_limits_are_optional() -> None:
-    """Each limit can be left out, be None, or be a number."""
+    """Every limit may be given or left out."""
     assert_type(SessionRegistry(), SessionRegistry)
-    SessionRegistry(max_sessions=None, idle_timeout=None, max_kv_bytes=None)
-    SessionRegistry(max_sessions=10, idle_timeout=0.5, max_kv_bytes=2**30)
-    SessionRegistry(idle_timeout=60)
+    assert_type(
+        SessionRegistry(max_sessions=100, idle_timeout=60.5, max_kv_bytes=2**30), SessionRegistry
+    )
+    SessionRegistry(max_sessions=None, idle_timeout=60, max_kv_bytes=None)
 
 
-def test_sessions_come_out(registry: SessionRegistry, id: UUID) -> None:  # noqa: A002
-    """Who asks for a session gets one, and who asks whether there is one may get none."""
+def test_limits_are_numbers_by_name() -> None:
+    """A limit is known by its name, and of a type that makes sense."""
+    SessionRegistry(100)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    SessionRegistry(max_sessions=1.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    SessionRegistry(idle_timeout="60")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    SessionRegistry(max_kv_bytes=1e9)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    SessionRegistry(max_age=60)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def test_members_are_typed(registry: SessionRegistry, id: UUID) -> None:  # noqa: A002
+    """What a server does with a registry is typed."""
     assert_type(registry.open(), Session)
     assert_type(registry.open(id), Session)
     assert_type(registry[id], Session)
     assert_type(registry.get(id), Session | None)
-
-
-def test_registry_is_a_collection_of_ids(registry: SessionRegistry) -> None:
-    """It has a length, and yields ids."""
+    assert_type(id in registry, bool)
     assert_type(len(registry), int)
+    assert_type(iter(registry), Iterator[UUID])
     assert_type(list(registry), list[UUID])
-    assert_type(uuid4() in registry, bool)
-
-
-def test_closing(registry: SessionRegistry, id: UUID) -> None:  # noqa: A002
-    """One is closed, or all, or those that are idle."""
-    registry.close(id)
-    registry.close()
     assert_type(registry.close_idle(), int)
+    close: None = registry.close(id)  # type: ignore[func-returns-value]
+    assert_type(close, None)
+
+
+def test_a_session_may_be_missing(registry: SessionRegistry, id: UUID) -> int:  # noqa: A002
+    """What `get` returns is to be looked at."""
+    return registry.get(id).token_count  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_not_found_is_a_key_error(registry: SessionRegistry) -> UUID | None:
+    """Either name catches it."""
+    try:
+        registry[uuid4()].close()
+    except SessionNotFoundError as error:
+        assert_type(error.session_id, UUID)
+        return error.session_id
+    except KeyError:
+        pass
+    return None
 
 
 def test_with_binds_the_registry() -> int:
-    """A `with` block gets the registry itself, and is known to pass exceptions on."""
+    """A `with` block gets the registry itself, and is known to pass exceptions on: nothing need follow its return."""
     with SessionRegistry() as registry:
         assert_type(registry, SessionRegistry)
         return len(registry)
 
 
-def test_errors_are_typed(
-    missing: SessionNotFoundError, existing: SessionExistsError, full: RegistryFullError
-) -> None:
-    """Errors say which session, or how many; an unknown id can be caught as a `KeyError`."""
-    assert_type(missing.session_id, UUID)
-    assert_type(existing.session_id, UUID)
-    assert_type(full.max_sessions, int)
-    errors: list[SessionError] = [missing, existing, full]
-    assert_type(errors.pop(), SessionError)
-    key_error: KeyError = missing
-    raise key_error
-
-
 def test_ids_are_uuids(registry: SessionRegistry, session: Session) -> None:
-    """An id is a `UUID`, neither its text nor the session that has it."""
-    registry.open("text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
-    registry.open(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
-    registry["text"]  # type: ignore[index]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
-    registry.get(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
-    registry.close(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    """A session is known by its `UUID`, not by text, nor by itself."""
+    registry.open("str")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    registry["str"]  # type: ignore[index]  # pyright: ignore[reportArgumentType]
+    registry.get("str")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    registry.close(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
-def test_sessions_go_in_by_open_alone(registry: SessionRegistry, session: Session) -> None:
-    """A registry is no dictionary that sessions could be put into."""
-    registry[session.id] = session  # type: ignore[index]  # pyright: ignore[reportIndexIssue]  # ty: ignore[invalid-assignment]
-    del registry[session.id]  # type: ignore[attr-defined]  # pyright: ignore[reportIndexIssue]  # ty: ignore[not-subscriptable]
-
-
-def test_limits_are_named_numbers() -> None:
-    """Three numbers in a row would be a riddle, and a limit is a number."""
-    SessionRegistry(10)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[too-many-positional-arguments]
-    SessionRegistry(max_sessions="10")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
-    SessionRegistry(max_kv_bytes=1.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
-    SessionRegistry(max_tokens=10)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[unknown-argument]
+def test_sessions_come_by_open_alone(registry: SessionRegistry, session: Session) -> None:
+    """Nothing is put into a registry, or deleted from it, as from a dict."""
+    registry[session.id] = session  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
+    del registry[session.id]  # type: ignore[attr-defined]  # pyright: ignore[reportIndexIssue]
 
 
 def test_registries_cannot_be_subclassed() -> None:
     """`SessionRegistry` is final."""
 
-    class Registry(SessionRegistry):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues, reportUnusedClass]  # ty: ignore[subclass-of-final-class]
+    class Chats(SessionRegistry):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues, reportUnusedClass]
         pass
