@@ -205,6 +205,23 @@ def benchmarks(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/benchmarks", *session.posargs)
 
 
+@nox.session
+def comparison(session: nox.Session) -> None:
+    """Measure the package against what others do, and write docs/comparison.md; `-- --quick` only checks all of it."""
+    install_model(session)
+    session.env["CMAKE_ARGS"] = "-DGGML_NATIVE=OFF"  # llama.cpp is built from source
+    session.install(*group("torch"))
+    session.install(".", *group("newest", "comparison", "checkers"))
+    threads = dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"], "1")
+    session.run(
+        *("python", "-m", "tests.benchmarks.comparison", *session.posargs),
+        env={"PYTHONPATH": "docs/engines", **threads},
+    )
+    modules = [str(path) for path in sorted(Path("tests/benchmarks/comparison").glob("*.py"))]
+    session.run("mypy", *modules)
+    session.run("pyright", "-p", "pyright-libraries.json", *modules)
+
+
 CHECKERS = {
     "mypy": ["mypy", "--python-version"],
     "pyright": ["pyright", "--pythonversion"],
