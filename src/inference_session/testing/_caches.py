@@ -17,22 +17,28 @@ class CacheBook:
     """What should never happen to a KV cache, in words."""
     live: dict[Hashable, object] = field(init=False, factory=dict[Hashable, object])
 
-    def write(self, function: str, args: tuple[Any, ...], result: Any) -> None:
-        """Take note of a call of one of the engine's functions."""
+    def write(self, function: str, args: tuple[Any, ...], result: object) -> None:
+        """Take note of what one of the engine's functions returned."""
         if function == "create":
-            if key(result) in self.live:
-                self.mistakes.append("`create` returned a KV cache that is in use already")
-            self.live[key(result)] = result
+            self._made(function, result)
         elif function == "truncate":
-            self.live.pop(key(args[0]), None)
-            if key(result) in self.live:
-                self.mistakes.append("`truncate` returned a KV cache that is in use already")
-            self.live[key(result)] = result
-        elif function == "release" and self.live.pop(key(args[0]), NO_CACHE) is NO_CACHE:
+            gone = self.live.pop(key(args[0]), NO_CACHE) is NO_CACHE
+            if gone and key(result) == key(args[0]):
+                self.mistakes.append("`truncate` returned a KV cache that was released")
+            self._made(function, result)
+
+    def released(self, cache: object) -> None:
+        """Take note of a KV cache that is about to be released."""
+        if self.live.pop(key(cache), NO_CACHE) is NO_CACHE:
             self.mistakes.append("`release` was called for a KV cache that was released before")
 
     def adopt(self, cache: object) -> None:
         """Take note of a KV cache that a step returned."""
+        self.live[key(cache)] = cache
+
+    def _made(self, function: str, cache: object) -> None:
+        if key(cache) in self.live:
+            self.mistakes.append(f"`{function}` returned a KV cache that is in use already")
         self.live[key(cache)] = cache
 
     def left_over(self, sessions: Iterable[Session]) -> bool:

@@ -4,6 +4,7 @@ The first line of a docstring is the promise; it is shown when it's broken.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Final, TypeAlias
 
 from attrs import frozen
@@ -18,6 +19,7 @@ from inference_session.testing._faults import (
     fail_step,
     fail_step_twice,
 )
+from inference_session.testing._leaks import leave_nothing
 from inference_session.testing._race import Pause, race
 from inference_session.testing._run import DECODE, MOST_TOKENS, Run, Step, Talk, prefill
 from inference_session.testing._watch import Event
@@ -65,7 +67,7 @@ def tokens_reach_the_session(run: Run) -> None:
     """Prefill adds its tokens to the session, in order, and decode adds the token that it returns."""
     talk = run.open()
     for _ in range(run.choose.number(1, 3)):
-        run.prefill(talk, run.choose.tokens(1, 8))
+        run.step(talk, Step(run.choose.one_of((list, tuple))(run.choose.tokens(1, 8))))
         for _ in range(run.choose.number(0, 3)):
             run.decode(talk)
 
@@ -128,69 +130,99 @@ def sessions_interleaved(run: Run) -> None:
 
 
 def fail_steps(
-    run: Run, at: Callable[[Event], bool], *, longest: int = 8, only_decode: bool = False
+    run: Run,
+    events: Sequence[str],
+    *,
+    advanced: bool | None = None,
+    longest: int = 8,
+    only_decode: bool = False,
 ) -> None:
-    """Let steps fail where it's said, and do them again."""
+    """Let steps fail at some events, before or after they first advanced, with each kind of error, and go on."""
     talk, other = run.open(), run.open()
     run.prefill(other, run.choose.tokens(1, 4))
+    run.decode(other)
+    events = [event for event in events if event in run.watch.seen] or events
     if only_decode or run.choose.flag():
         run.prefill(talk, run.choose.tokens(1, 8))
         for _ in range(run.choose.number(0, 2)):
             run.decode(talk)
-    for _ in range(run.choose.number(1, 3)):
-        step = DECODE if only_decode else a_step(run, talk, longest)
-        if fail_step(run, talk, step, a_fault(run, at, 3)):
-            run.proofs += 1
-            again = a_step(run, talk) if run.choose.flag() else step
-            run.step(talk, again, elsewhere=True)
-        run.decode(other)
-    if talk.history:
-        run.decode(talk)
+    for error, decode in product(ERRORS, (True, False)):
+        # Hypothesis leaves out what isn't needed to show a failure.
+        if run.choose.number(0, 7) and (talk.history if decode else not only_decode):
+            step = DECODE if decode else a_prefill(run, talk, longest)
+            if fail_step(run, talk, step, a_fault(run, events, error(), advanced)):
+                run.proofs += 1
+                run.step(talk, step, elsewhere=True)
+    for going in (talk, other):
+        if going.history:
+            run.decode(going)
 
 
-def a_fault(run: Run, at: Callable[[Event], bool], most_skipped: int) -> Fault:
-    """Choose an error, and which of some events raises it."""
-    return Fault(at, run.choose.number(0, most_skipped), run.choose.one_of(ERRORS)())
+def a_fault(
+    run: Run, events: Sequence[str], error: BaseException, advanced: bool | None = None
+) -> Fault:
+    """Choose one of some events to raise an error."""
+    chosen = run.choose.one_of(events)
+
+    def at(event: Event) -> bool:
+        return str(event) == chosen and advanced in (None, event.advances > 0)
+
+    return Fault(at, run.choose.one_of((0, 0, 0, 1)), error)
 
 
 def a_step(run: Run, talk: Talk, longest: int = 8) -> Step:
     """Choose a step that is possible."""
     if talk.history and run.choose.flag():
         return DECODE
-    return prefill(run.choose.tokens(1, min(longest, talk.room)))
+    return a_prefill(run, talk, longest)
+
+
+def a_prefill(run: Run, talk: Talk, longest: int) -> Step:
+    """Choose some tokens to prefill; few, if there isn't much room left."""
+    return prefill(run.choose.tokens(1, min(longest, max(talk.room // 8, 1))))
 
 
 @check
 def failure_before_the_model_ran(run: Run) -> None:
     """A step that fails before the model ran leaves no trace, and the next one is right."""
-    names = {"append", "pending", "kv_cache", "create"}
-    fail_steps(run, lambda event: not event.advances and event.name in names)
+    events = [
+        "before append",
+        "after append",
+        "before pending",
+        "after pending",
+        "before kv_cache",
+        "after kv_cache",
+        "before create",
+    ]
+    fail_steps(run, events, advanced=False)
 
 
 @check
 def failure_before_advance(run: Run) -> None:
     """A step that fails after the model ran, and before `advance`, leaves no trace, and the next one is right."""
-    names = {"before advance", "before kv_cache =", "after kv_cache ="}
-    fail_steps(run, lambda event: str(event) in names)
+    fail_steps(
+        run,
+        ["before advance", "before kv_cache =", "after kv_cache ="],
+    )
 
 
 @check
 def failure_after_advance(run: Run) -> None:
     """A step that fails after `advance` leaves no trace, and the next one is right."""
-    fail_steps(run, lambda event: str(event) == "after advance")
+    fail_steps(run, ["after advance"])
 
 
 @about("no step of this engine feeds its tokens in more than one piece; let it use smaller chunks")
 def failure_between_chunks(run: Run) -> None:
     """A step that fails between the chunks of its tokens leaves no trace, and the next one is right."""
-    names = {"before pending", "before kv_cache", "before advance"}
-    fail_steps(run, lambda event: event.advances > 0 and str(event) in names, longest=20)
+    events = ["before advance", "before kv_cache", "before pending"]
+    fail_steps(run, events, advanced=True)
 
 
 @check
 def failure_at_append(run: Run) -> None:
     """A step that fails when the decoded token is appended leaves no trace, and the next one is right."""
-    fail_steps(run, lambda event: event.name == "append", only_decode=True)
+    fail_steps(run, ["before append", "after append"], only_decode=True)
 
 
 @about("this engine gives StateSlots no `truncate`")
@@ -203,7 +235,7 @@ def failure_in_truncate(run: Run) -> None:
     if run.choose.flag():
         run.evict(talk)
         run.decode(talk)
-    fault = a_fault(run, lambda event: event.name == "truncate", 1)
+    fault = a_fault(run, ["before truncate", "after truncate"], run.choose.one_of(ERRORS)())
     if run.choose.flag():
         run.proofs += fail_rewind(run, talk, run.choose.number(1, len(talk.history) - 1), fault)
     else:
@@ -313,6 +345,12 @@ def dropped_session_is_released(run: Run) -> None:
 
 
 @check
+def closed_sessions_leave_nothing(run: Run) -> None:
+    """Sessions that were closed leave nothing behind, however many there were."""
+    leave_nothing(run)
+
+
+@check
 def id_used_again_after_close(run: Run) -> None:
     """A new session with the id of one that was closed begins anew."""
     first = run.open()
@@ -336,9 +374,10 @@ def bad_tokens_are_refused(run: Run) -> None:
     if run.choose.flag():
         run.prefill(talk, run.choose.tokens(1, 6))
     size = run.choose.vocab_size
-    bad = run.choose.one_of([-1, size, size + 1, 2**31 - 1, 2**31, 2**63, -(2**31), 2**32])
-    before, after = run.choose.tokens(0, 3), run.choose.tokens(0, 3)
-    run.refuse(talk, prefill([*before, bad, *after]), ValueError)
+    for bad in (-1, size, size + 1, 2**31 - 1, 2**31, 2**63, -(2**31), 2**32):
+        if run.choose.one_of((False, True, True, True)):
+            before, after = run.choose.tokens(0, 3), run.choose.tokens(0, 3)
+            run.refuse(talk, prefill([*before, bad, *after]), ValueError)
     run.prefill(talk, run.choose.tokens(1, 6))
     run.decode(talk)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 T = TypeVar("T")
 
-MELODIES: Final = 64
+MELODIES: Final = 32
 """How many different beginnings there are for tokens."""
 
 EDGES: Final = 0.1
@@ -38,7 +38,7 @@ class Choices:
 
     def number(self, low: int, high: int) -> int:
         """Choose a number from `low` to `high`."""
-        return low + self.data.draw(numbers(high - low + 1))
+        return low + self.data.draw(numbers(high - low + 1)) if high > low else low
 
     def one_of(self, options: Sequence[T]) -> T:
         """Choose one of these; the first are the simplest."""
@@ -46,11 +46,12 @@ class Choices:
 
     def flag(self) -> bool:
         """Choose yes or no."""
-        return self.number(0, 1) == 1
+        return self.data.draw(st.booleans())
 
     def tokens(self, low: int, high: int) -> list[int]:
         """Choose from `low` to `high` tokens."""
-        return melody(self.number(0, MELODIES - 1), self.number(low, high), self.vocab_size)
+        beyond, which = divmod(self.number(0, (high - low + 1) * MELODIES - 1), MELODIES)
+        return melody(which, low + beyond, self.vocab_size)
 
     def sequence(self, kinds: int, sessions: int) -> list[tuple[int, int, list[int], int]]:
         """Choose a sequence of calls, each of some kind, on one of the sessions, with tokens and a number."""

@@ -112,9 +112,13 @@ def _property(listener: Listener, name: str) -> property:
         assert put is not None
         if not listener.knows(state._session):
             put(state, value)
-        else:
+            return
+
+        def assign() -> None:
             listener.assigned(state._slots, value)
-            listener.in_borrow(f"{name} =", partial(put, state, value))
+            put(state, value)
+
+        listener.in_borrow(f"{name} =", assign)
 
     return property(getter, None if put is None else setter, doc=original.__doc__)
 

@@ -31,7 +31,7 @@ HEALTH_CHECKS: Final = (
     HealthCheck.large_base_example,
     HealthCheck.too_slow,
 )
-SHRINKS: Final = 20
+SHRINKS: Final = 10
 """How many times `max_examples` are spent to shorten what was found."""
 
 

@@ -47,7 +47,9 @@ def race(run: Run, talk: Talk, first: Step, second: Step, pause: Pause) -> None:
     try:
         if not pause.reached.wait(_threads.PATIENCE):
             raise ConclusiveError(run.broken("the first step to end", "it hangs"))
-        if pause.fired is not None:
+        if pause.fired is None:
+            run.watch.begin_step()
+        else:
             run.calls[-2] += f", which stops {pause.fired}"
             run.proofs += pause.in_borrow
         two.start()

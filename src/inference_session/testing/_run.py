@@ -3,6 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable, Sequence
+from copy import copy
 from contextlib import AbstractContextManager, suppress
 from random import Random
 from types import TracebackType
@@ -62,13 +63,13 @@ class Talk:
 class Step:
     """A call of the engine: prefill these tokens, or decode."""
 
-    tokens: tuple[int, ...] | None = None
+    tokens: list[int] | tuple[int, ...] | None = None
 
     def on(self, talk: Talk) -> str:
         """Return how it's written."""
         if self.tokens is None:
             return f"engine.decode({talk})"
-        return f"engine.prefill({talk}, {list(self.tokens)})"
+        return f"engine.prefill({talk}, {self.tokens})"
 
     def added(self, result: object) -> list[int]:
         """Return the tokens that it added, by its result."""
@@ -82,7 +83,7 @@ DECODE: Final = Step()
 
 def prefill(tokens: Sequence[int]) -> Step:
     """Return the step that prefills these tokens."""
-    return Step(tuple(tokens))
+    return Step(list(tokens))
 
 
 @define(eq=False)
@@ -253,8 +254,15 @@ class Run:
         """Return the call of the engine that a step is."""
         if step.tokens is None:
             return lambda: self.engine.decode(talk.session)
-        tokens = list(step.tokens)
-        return lambda: self.engine.prefill(talk.session, tokens)
+        tokens = copy(step.tokens)
+
+        def call() -> object:
+            result = self.engine.prefill(talk.session, tokens)
+            if tokens != step.tokens:
+                raise self.broken(f"the caller's {step.tokens} to be left alone", f"{tokens}")
+            return result
+
+        return call
 
     def elsewhere(self, call: Callable[[], T]) -> T:
         """Call something in another thread."""
@@ -280,6 +288,8 @@ class Run:
         """Call something that must succeed."""
         try:
             return call()
+        except BrokenError:
+            raise
         except Exception as error:
             raise self.broken("no error", f"{type(error).__name__}: {error}") from error
 

@@ -51,6 +51,8 @@ class Watch:
     events: list[Event] = field(init=False, factory=list[Event])
     """What the present step did so far."""
     advances: int = field(init=False, default=0)
+    seen: set[str] = field(init=False, factory=set[str])
+    """What the engine ever did."""
     _triggers: list[Trigger] = field(init=False, factory=list[Trigger])
     _sessions: WeakSet[Session] = field(init=False, factory=WeakSet[Session])
     _slots: set[Slots] = field(init=False, factory=set[Slots])
@@ -58,6 +60,7 @@ class Watch:
     def reset(self) -> None:
         """Begin with a new engine."""
         self.book = CacheBook()
+        self.seen.clear()
         self._sessions.clear()
         self._slots.clear()
         self.begin_step()
@@ -100,8 +103,11 @@ class Watch:
     def in_function(self, name: str, slots: Slots, function: Callable[..., Any], *args: Any) -> Any:
         """Call one of the engine's functions, and keep book of KV caches."""
         self._happens("before", name)
+        books = slots.release is not None
+        if books and name == "release":
+            self.book.released(args[0])
         result = function(*args)
-        if slots.release is not None:
+        if books:
             self.book.write(name, args, result)
         if name == "length" or (name == "truncate" and result is args[0]):
             # What `create` and a functional `truncate` return would be lost, and it isn't the engine's fault.
@@ -110,6 +116,7 @@ class Watch:
 
     def _happens(self, when: When, name: str) -> None:
         event = Event(when, name, self.advances)
+        self.seen.add(str(event))
         self.events.append(event)
         for trigger in self._triggers:
             if trigger.fired is None and trigger.at(event):

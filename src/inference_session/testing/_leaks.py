@@ -1,0 +1,70 @@
+"""What sessions that were closed leave behind."""
+
+import gc
+import sys
+from random import Random
+from typing import Final
+from uuid import UUID
+
+from inference_session import Session
+from inference_session.testing._choices import melody
+from inference_session.testing._run import Run
+
+
+BATCHES: Final = 5
+SETTLED: Final = 2
+"""How many batches an engine may need until its own memory grows no more."""
+SESSIONS: Final = 12
+"""How many sessions a batch has."""
+
+
+def leave_nothing(run: Run) -> None:
+    """Serve many sessions, one after the other, and look for memory that each takes and doesn't give back."""
+    prompt = melody(0, 3, run.choose.vocab_size)
+    run.calls.append(
+        f"for _ in range({BATCHES * SESSIONS}):\n"
+        f"    a = Session()\n"
+        f"    engine.prefill(a, {prompt})\n"
+        "    engine.decode(a)\n"
+        "    with slots.borrow(a) as state: state.rewind(2)\n"
+        "    engine.decode(a)\n"
+        "    slots.evict(a)\n"
+        "    engine.decode(a)\n"
+        "    a.close()"
+    )
+    ids = Random(2)  # noqa: S311 not for secrets
+    growth: list[int] = []
+    for batch in range(BATCHES):
+        before = _blocks()
+        for place in range(SESSIONS):
+            try:
+                _serve(run, UUID(int=ids.getrandbits(128), version=4), prompt)
+            except Exception as error:
+                served = batch * SESSIONS + place
+                raise run.broken(
+                    "no error", f"after {served} sessions, {type(error).__name__}: {error}"
+                ) from error
+        growth.append(_blocks() - before)
+    if all(blocks >= SESSIONS for blocks in growth[SETTLED:]):
+        raise run.broken(
+            "as much memory in use as before, when all sessions are closed",
+            f"more with each session: {' + '.join(map(str, growth))} blocks for {SESSIONS} sessions each",
+        )
+
+
+def _serve(run: Run, session_id: UUID, prompt: list[int]) -> None:
+    with Session.with_id(session_id) as session:
+        run.engine.prefill(session, list(prompt))
+        run.engine.decode(session)
+        ledger = session._ledger
+        if ledger is not None:
+            with ledger.slots.borrow(session) as state:
+                state.rewind(2)
+            run.engine.decode(session)
+            ledger.slots.evict(session)
+            run.engine.decode(session)
+
+
+def _blocks() -> int:
+    gc.collect()
+    return sys.getallocatedblocks()

@@ -1,0 +1,61 @@
+"""The kit on engines of which it's known whether they are right: no false alarm, and each broken one is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from tests.kit.broken_engines import BROKEN
+from tests.kit.right_engines import RIGHT, VOCAB_SIZE, TinyEngine
+from tests.kit.weak_engines import WEAK
+
+from inference_session.testing import check_engine
+from inference_session.testing._checks import CHECKS
+
+
+SEEDS = range(6)
+CAUGHT = [(engine, check) for engine, checks in BROKEN.items() for check in checks]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("engine", RIGHT, ids=lambda engine: engine.__name__)
+def test_no_false_alarm(engine: Callable[[], TinyEngine], seed: int) -> None:
+    """A right engine passes, whatever sequences of calls are tried."""
+    check_engine(engine, vocab_size=VOCAB_SIZE, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("engine", "check"), CAUGHT, ids=[f"{engine.__name__}-{check}" for engine, check in CAUGHT]
+)
+def test_broken_engine_is_caught(engine: type[TinyEngine], check: str) -> None:
+    """Each kind of mistake that real systems made is found by the check of the promise that it breaks, run alone."""
+    with pytest.raises(AssertionError) as caught:
+        check_engine(engine, vocab_size=VOCAB_SIZE, only=[check])
+    assert str(caught.value).startswith(f"{check}: the engine breaks a promise.\n")
+
+
+@pytest.mark.parametrize("engine", BROKEN, ids=lambda engine: engine.__name__)
+def test_broken_engine_fails_as_a_whole(engine: type[TinyEngine]) -> None:
+    """Who just calls `check_engine` learns that something is wrong."""
+    with pytest.raises(AssertionError, match="the engine breaks a promise"):
+        check_engine(engine, vocab_size=VOCAB_SIZE)
+
+
+def test_there_are_enough_broken_engines() -> None:
+    """The catalogue doesn't shrink, each entry says what is wrong, and every check has something to catch."""
+    assert len(BROKEN) >= 60
+    assert all(engine.__doc__ for engine in BROKEN)
+    caught = {check for checks in BROKEN.values() for check in checks}
+    assert CHECKS.keys() - caught == {"any_sequence_of_calls"}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    ("engine", "reason"), WEAK.items(), ids=lambda it: getattr(it, "__name__", "")
+)
+def test_weak_engine_is_no_success(engine: type[TinyEngine], reason: str, check: str) -> None:
+    """Where nothing could be seen, every check says so, alone too, instead of passing."""
+    with pytest.raises(AssertionError, match="too weak to check") as caught:
+        check_engine(engine, vocab_size=VOCAB_SIZE, only=[check], max_examples=2)
+    assert str(caught.value).startswith(f"{check}: ")
+    assert reason in str(caught.value)
