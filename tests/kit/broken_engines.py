@@ -151,7 +151,7 @@ class SessionsByShortId(TinyEngine):
 
 @caught_by("sessions_interleaved")
 class LastSessionCached(TinyEngine):
-    """The KV cache of the last session stays in the engine, and is taken for the next one's (ggml-org/llama.cpp#27148)."""
+    """The KV cache of the last session stays in the engine, and is used for the next (ggml-org/llama.cpp#27148)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -320,7 +320,7 @@ class TruncatesTooMuch(TinyEngine):
         """Forget the last token that should be kept, but for its place."""
         cache.cut(max(length - 1, 0))
         for layer in cache.layers:
-            layer += [0] * (length - len(layer))
+            layer.extend([0] * (length - len(layer)))
         return cache
 
 
@@ -813,7 +813,7 @@ class ThreadHasTheState(TinyEngine):
 
 @caught_by("failure_before_advance")
 class ReleasedByHandler(Handles):
-    """An engine that cleans up after an error releases a cache that the session still has (turboderp-org/exllamav3#227)."""
+    """After an error, a cache is released that the session still has (turboderp-org/exllamav3#227)."""
 
     def decode(self, session: Session, /) -> DecodeResult:
         """Decode, and clean up."""
@@ -985,8 +985,7 @@ class HandleNotCleared(Handles):
         """Cut both layers."""
         both = self.caches[cache].layers
         surplus = len(both[1]) - length
-        for layer in both:
-            del layer[len(layer) - surplus :]
+        del both[0][len(both[0]) - surplus :], both[1][length:]
         return cache
 
 

@@ -67,7 +67,8 @@ def tokens_reach_the_session(run: Run) -> None:
     """Prefill adds its tokens to the session, in order, and decode adds the token that it returns."""
     talk = run.open()
     for _ in range(run.choose.number(1, 3)):
-        run.step(talk, Step(run.choose.one_of((list, tuple))(run.choose.tokens(1, 8))))
+        tokens = run.choose.tokens(1, 8)
+        run.step(talk, Step(tuple(tokens) if run.choose.flag() else tokens))
         for _ in range(run.choose.number(0, 3)):
             run.decode(talk)
 
@@ -134,32 +135,38 @@ def fail_steps(
     events: Sequence[str],
     *,
     advanced: bool | None = None,
-    longest: int = 8,
+    shortest: int = 1,
     only_decode: bool = False,
 ) -> None:
     """Let steps fail at some events, before or after they first advanced, with each kind of error, and go on."""
     talk, other = run.open(), run.open()
     run.prefill(other, run.choose.tokens(1, 4))
     run.decode(other)
-    events = [event for event in events if event in run.watch.seen] or events
     if only_decode or run.choose.flag():
         run.prefill(talk, run.choose.tokens(1, 8))
         for _ in range(run.choose.number(0, 2)):
             run.decode(talk)
+    events = [event for event in events if event in run.watch.seen] or events
+
+    def fail(error: BaseException, *, decode: bool) -> None:
+        step = DECODE if decode else a_prefill(run, talk, shortest)
+        if fail_step(run, talk, step, a_fault(run, events, error, advanced=advanced)):
+            run.proofs += 1
+            run.step(talk, step, elsewhere=True)
+
     for error, decode in product(ERRORS, (True, False)):
         # Hypothesis leaves out what isn't needed to show a failure.
         if run.choose.number(0, 7) and (talk.history if decode else not only_decode):
-            step = DECODE if decode else a_prefill(run, talk, longest)
-            if fail_step(run, talk, step, a_fault(run, events, error(), advanced)):
-                run.proofs += 1
-                run.step(talk, step, elsewhere=True)
+            fail(error(), decode=decode)
+    if not run.proofs:
+        fail(run.choose.one_of(ERRORS)(), decode=only_decode)
     for going in (talk, other):
         if going.history:
             run.decode(going)
 
 
 def a_fault(
-    run: Run, events: Sequence[str], error: BaseException, advanced: bool | None = None
+    run: Run, events: Sequence[str], error: BaseException, *, advanced: bool | None = None
 ) -> Fault:
     """Choose one of some events to raise an error."""
     chosen = run.choose.one_of(events)
@@ -170,16 +177,17 @@ def a_fault(
     return Fault(at, run.choose.one_of((0, 0, 0, 1)), error)
 
 
-def a_step(run: Run, talk: Talk, longest: int = 8) -> Step:
+def a_step(run: Run, talk: Talk) -> Step:
     """Choose a step that is possible."""
     if talk.history and run.choose.flag():
         return DECODE
-    return a_prefill(run, talk, longest)
+    return a_prefill(run, talk)
 
 
-def a_prefill(run: Run, talk: Talk, longest: int) -> Step:
-    """Choose some tokens to prefill; few, if there isn't much room left."""
-    return prefill(run.choose.tokens(1, min(longest, max(talk.room // 8, 1))))
+def a_prefill(run: Run, talk: Talk, shortest: int = 1) -> Step:
+    """Choose some tokens to prefill; fewer than usual, if there isn't much room left."""
+    longest = min(shortest + 7, max(talk.room // 8, 1))
+    return prefill(run.choose.tokens(min(shortest, longest), longest))
 
 
 @check
@@ -216,7 +224,7 @@ def failure_after_advance(run: Run) -> None:
 def failure_between_chunks(run: Run) -> None:
     """A step that fails between the chunks of its tokens leaves no trace, and the next one is right."""
     events = ["before advance", "before kv_cache", "before pending"]
-    fail_steps(run, events, advanced=True)
+    fail_steps(run, events, advanced=True, shortest=6)
 
 
 @check
@@ -282,6 +290,11 @@ def anywhere(event: Event) -> bool:
     return True
 
 
+def between_borrows(event: Event) -> bool:
+    """Whether this is in a step, but not in its borrow."""
+    return str(event) in {"before borrow", "after end of borrow"}
+
+
 @check
 def two_threads_on_one_session(run: Run) -> None:
     """Of two threads that step one session at once, one wins and the other gets SessionBusyError at once."""
@@ -289,8 +302,10 @@ def two_threads_on_one_session(run: Run) -> None:
     run.prefill(talk, run.choose.tokens(1, 6))
     if run.choose.flag():
         run.evict(talk)
-    pause = Pause(anywhere, run.choose.number(0, 23), talk)
-    race(run, talk, a_step(run, talk), a_step(run, talk), pause)
+    for at, places in ((anywhere, 24), (between_borrows, 2)):
+        if run.choose.number(0, 7):
+            pause = Pause(at, run.choose.number(0, places - 1), talk)
+            race(run, talk, a_step(run, talk), a_step(run, talk), pause)
     run.decode(talk)
 
 

@@ -114,7 +114,7 @@ def _property(listener: Listener, name: str) -> property:
             put(state, value)
             return
 
-        def assign() -> None:
+        def assign(put: Callable[[State, object], None] = put) -> None:
             listener.assigned(state._slots, value)
             put(state, value)
 

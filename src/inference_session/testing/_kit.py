@@ -56,10 +56,11 @@ def check_engine(
         seed: decides which ones are tried: the same seed, the same calls.
 
     Raises:
+        TypeError, ValueError: if an argument makes no sense; no check was run then.
         AssertionError: if a promise is broken. It tells which, what was expected, the shortest sequence of calls found
             that shows it, and how to run it again.
     """
-    kit = Kit(make_engine, vocab_size, max_examples, seed)
+    kit = new_kit(make_engine, vocab_size, max_examples, seed)
     for check in selected(only, skip):
         if check.name not in (skip or {}):
             with suppress(SkipTest):
@@ -80,7 +81,7 @@ def parametrize_with_checks(
     The test that is decorated gets it as `check`, and calls it. Arguments are those of `check_engine`; what is skipped
     shows as skipped, with its reason.
     """
-    kit = Kit(make_engine, vocab_size, max_examples, seed)
+    kit = new_kit(make_engine, vocab_size, max_examples, seed)
     reasons = skip or {}
 
     def bound(check: Check) -> Callable[[], None]:
@@ -123,6 +124,28 @@ def selected(only: Collection[str] | None, skip: Mapping[str, str] | None) -> li
     return checks
 
 
+def new_kit(
+    make_engine: Callable[[], Engine], vocab_size: int, max_examples: int, seed: int
+) -> "Kit":
+    """Return a kit, if its arguments make sense.
+
+    Raises:
+        TypeError: if one is of another type than it should be.
+        ValueError: if one is too low.
+    """
+    if not callable(make_engine):
+        raise TypeError(
+            f"make_engine must return a new engine each time, got {type(make_engine).__name__!r}"
+        )
+    lowest = {"vocab_size": (vocab_size, 2), "max_examples": (max_examples, 1), "seed": (seed, 0)}
+    for name, (number, least) in lowest.items():
+        if type(number) is not int:
+            raise TypeError(f"{name} must be an int, got {type(number).__name__!r}")
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+    return Kit(make_engine, vocab_size, max_examples, seed)
+
+
 @define(eq=False, slots=False)
 class Kit:
     """An engine to be checked, and how thoroughly."""
@@ -136,6 +159,8 @@ class Kit:
     def run(self, check: Check) -> None:
         """Run a check."""
         __tracebackhide__ = True
+        if not self._makes_new:
+            raise ValueError("make_engine must return a new engine each time, got the same twice")
         with hooked(self._watch):
             search = Search(self, check, self._watch)
             search.run()
@@ -148,6 +173,10 @@ class Kit:
             )
         if check.vacuous and not search.proofs:
             raise SkipTest(check.vacuous)
+
+    @cached_property
+    def _makes_new(self) -> bool:
+        return self.make_engine() is not self.make_engine()
 
     @cached_property
     def _weakness(self) -> str | None:

@@ -3,8 +3,8 @@
 import gc
 import warnings
 from collections.abc import Callable, Sequence
-from copy import copy
 from contextlib import AbstractContextManager, suppress
+from copy import copy
 from random import Random
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar

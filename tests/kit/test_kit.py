@@ -1,0 +1,337 @@
+"""What the kit tells, what it can be told, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any, cast
+from unittest import SkipTest
+
+import pytest
+from tests.kit.broken_engines import (
+    BROKEN,
+    DecodeReturnsTheLast,
+    LockNotReleased,
+    PositionsRestart,
+    SamplerWithoutSeed,
+)
+from tests.kit.right_engines import (
+    RIGHT,
+    VOCAB_SIZE,
+    FunctionalWithoutTruncate,
+    Minimal,
+    TinyEngine,
+)
+from tests.kit.test_engines import SEEDS
+
+from inference_session import Session
+from inference_session._batch import BorrowedBatch
+from inference_session.engine import BorrowedState, DecodeResult, StateSlots
+from inference_session.testing import check_engine, parametrize_with_checks
+from inference_session.testing._checks import CHECKS
+from inference_session.testing._kit import Kit
+
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "testing.md"
+
+
+def message(engine: Callable[[], TinyEngine], check: str, *, seed: int = 0) -> str:
+    """Return what is said of a broken engine."""
+    with pytest.raises(AssertionError) as caught:
+        check_engine(engine, vocab_size=VOCAB_SIZE, only=[check], seed=seed)
+    return str(caught.value)
+
+
+# What it tells
+
+
+def test_message() -> None:
+    """A failure names the promise, what was expected, the shortest sequence of calls, and how to run it again."""
+    text = message(DecodeReturnsTheLast, "tokens_reach_the_session", seed=3)
+    promise = CHECKS["tokens_reach_the_session"].promise
+    assert re.fullmatch(
+        rf"""tokens_reach_the_session: the engine breaks a promise\.
+Promise:   {re.escape(promise)}
+Expected:  the tokens of session a to be \[(\d+), \1\]
+Got:       \[\1, \d+\]
+Shortest sequence of calls found that shows it:
+    engine = make_engine\(\)
+    a = Session\.with_id\(UUID\("[0-9a-f-]+"\)\)
+    engine\.prefill\(a, \[\1\]\)
+    engine\.decode\(a\)
+To run it again:
+    check_engine\(make_engine, vocab_size=50, only=\["tokens_reach_the_session"\], max_examples=20, seed=3\)
+    pytest -k tokens_reach_the_session""",
+        text,
+    ), text
+
+
+def test_wrong_token_is_told() -> None:
+    """The last call says which token came, and which one should have come."""
+    text = message(PositionsRestart, "prefill_in_pieces")
+    expected, after, got = re.findall(
+        r"^Expected:  token (\d+) after the tokens (\[.*\]), as of a fresh session with the same id\n"
+        r"Got:       (\d+)$",
+        text,
+        re.MULTILINE,
+    )[0]
+    assert f"    engine.decode(a)  # -> {got}, expected {expected}\n" in text
+    assert after.count(",") <= 2
+
+
+@pytest.mark.parametrize("engine", list(BROKEN)[::6], ids=lambda engine: engine.__name__)
+def test_same_seed_same_calls(engine: type[TinyEngine]) -> None:
+    """What was found once is found again by the same seed."""
+    check = BROKEN[engine][0]
+    assert message(engine, check, seed=5) == message(engine, check, seed=5)
+
+
+def test_faults_are_told() -> None:
+    """The calls say where which error was raised, and a step that hangs is no sequence that takes for ever."""
+    text = message(LockNotReleased, "failure_at_append")
+    assert re.search(r"engine\.decode\(a\)  # \w+ is raised (before|after) append\n", text)
+    assert "is there a lock that a failed step doesn't release?" in text
+
+
+def test_unsteady_engine_is_told() -> None:
+    """An engine that answers differently each time is found out, though what it did can't be shown again."""
+    text = message(SamplerWithoutSeed, "replay_gives_the_same_tokens")
+    assert "Expected:  token" in text or "again" in text
+
+
+def test_error_of_the_engine_is_the_cause() -> None:
+    """The traceback leads to where an unexpected error came from."""
+
+    class Crashes(TinyEngine):
+        def decode(self, session: Session, /) -> DecodeResult:
+            raise ZeroDivisionError("of the engine")
+
+    with pytest.raises(AssertionError, match="ZeroDivisionError: of the engine") as caught:
+        check_engine(Crashes, vocab_size=VOCAB_SIZE)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("engine", "check", "reason"),
+    [
+        (FunctionalWithoutTruncate, "failure_in_truncate", "no `truncate`"),
+        (Minimal, "failure_between_chunks", "more than one piece"),
+    ],
+)
+def test_what_never_happens_is_skipped(
+    engine: Callable[[], TinyEngine], check: str, reason: str
+) -> None:
+    """A check of something that an engine doesn't do is no success, but skipped."""
+    with pytest.raises(SkipTest, match=reason):
+        Kit(engine, VOCAB_SIZE, 20, 0).run(CHECKS[check])
+    check_engine(engine, vocab_size=VOCAB_SIZE, only=[check])
+
+
+# What it can be told
+
+
+def test_unknown_checks() -> None:
+    """A check that doesn't exist is an error that lists those that do."""
+    names = {"rewind": "why", "rewnd": "why"}
+    with pytest.raises(ValueError, match="'rewnd'"):
+        check_engine(TinyEngine, vocab_size=VOCAB_SIZE, only=names)
+    with pytest.raises(
+        ValueError, match=r"no check is called 'rewnd'; the checks are tokens_reach"
+    ):
+        check_engine(TinyEngine, vocab_size=VOCAB_SIZE, skip=names)
+
+
+def test_nothing_to_check() -> None:
+    """Neither a name instead of names, nor no name at all, nor skipping without a reason, goes unnoticed."""
+    with pytest.raises(TypeError, match="collection of names"):
+        check_engine(TinyEngine, vocab_size=VOCAB_SIZE, only="rewind")
+    with pytest.raises(ValueError, match="nothing would be checked"):
+        check_engine(TinyEngine, vocab_size=VOCAB_SIZE, only=[])
+    with pytest.raises(TypeError, match="skip must be a mapping"):
+        check_engine(TinyEngine, vocab_size=VOCAB_SIZE, skip=cast("Any", ["rewind"]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"vocab_size": 1}, {"max_examples": 0}, {"vocab_size": True}, {"seed": -1}, {"seed": 1.5}],
+)
+def test_wrong_numbers(wrong: dict[str, Any]) -> None:
+    """Numbers with which nothing could be checked are refused."""
+    with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+        check_engine(TinyEngine, **{"vocab_size": VOCAB_SIZE, **wrong})
+    with pytest.raises(TypeError, match="make_engine must return a new engine"):
+        check_engine(cast("Any", TinyEngine()), vocab_size=VOCAB_SIZE)
+
+
+def test_engine_must_be_new() -> None:
+    """An engine that is the same each time is refused, as it would be compared with itself."""
+    engine = TinyEngine()
+    with pytest.raises(ValueError, match="new engine"):
+        check_engine(lambda: engine, vocab_size=VOCAB_SIZE)
+
+
+def test_skip() -> None:
+    """What is skipped isn't run."""
+    check_engine(
+        DecodeReturnsTheLast,
+        vocab_size=VOCAB_SIZE,
+        only=["tokens_reach_the_session", "closed_session_is_refused"],
+        skip={"tokens_reach_the_session": "known", "closed_session_is_refused": "known"},
+    )
+
+
+def test_checks_become_tests() -> None:
+    """Each check is a test of its own, and what is skipped shows, with its reason."""
+    mark = parametrize_with_checks(
+        TinyEngine, vocab_size=VOCAB_SIZE, only=["rewind", "reuse_prefix"], skip={"rewind": "why"}
+    )
+    assert mark.mark.args[0] == "check"
+    skipped, run = mark.mark.args[1]
+    assert (skipped.id, run.id) == ("rewind", "reuse_prefix")
+    assert [it.kwargs for it in skipped.marks] == [{"reason": "why"}]
+    assert not run.marks
+    run.values[0]()
+
+
+def test_in_a_suite(tmp_path: Path) -> None:
+    """One line in a test suite is enough; nothing is written, and no warning comes of it."""
+    test = tmp_path / "test_engine.py"
+    test.write_text(
+        "from inference_session.testing import parametrize_with_checks\n"
+        "from tests.kit.right_engines import FunctionalWithoutTruncate as Engine\n"
+        "@parametrize_with_checks(Engine, vocab_size=50, max_examples=2, skip={'rewind': 'not now'})\n"
+        "def test_engine(check):\n"
+        "    check()\n"
+    )
+    command = [sys.executable, "-W", "error", "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-v"]
+    result = subprocess.run(
+        [*command, "--rootdir", ".", "test_engine.py"],
+        cwd=tmp_path,
+        env={
+            **environment(),
+            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"{len(CHECKS) - 2} passed, 2 skipped" in result.stdout, result.stdout
+    assert "not now" in result.stdout
+    assert "gives StateSlots no `truncate`" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["test_engine.py"]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment, without what would tell Hypothesis or coverage where to write."""
+    import os  # noqa: PLC0415
+
+    return {name: value for name, value in os.environ.items() if "HYPOTHESIS" not in name}
+
+
+# What it leaves behind
+
+
+def classes() -> list[dict[str, object]]:
+    """Return what the hooks are put on."""
+    return [dict(vars(it)) for it in (BorrowedState, BorrowedBatch, StateSlots)]
+
+
+def test_hooks_are_taken_off() -> None:
+    """After a check, whatever became of it, borrows are as they were, at full speed."""
+    before = classes()
+    check_engine(TinyEngine, vocab_size=VOCAB_SIZE, only=["rewind"])
+    assert classes() == before
+    message(DecodeReturnsTheLast, "tokens_reach_the_session")
+    assert classes() == before
+
+    class Interrupted(TinyEngine):
+        def decode(self, session: Session, /) -> DecodeResult:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_engine(Interrupted, vocab_size=VOCAB_SIZE)
+    assert classes() == before
+
+
+def test_others_are_left_alone() -> None:
+    """Sessions that a check doesn't know go on meanwhile, in other threads, and no fault strikes them."""
+    engine, stop, errors = TinyEngine(), [False], list[BaseException]()
+
+    def serve() -> None:
+        while not stop[0]:
+            try:
+                with Session() as session:
+                    engine.prefill(session, [1, 2, 3, 4, 5])
+                    assert engine.decode(session).token == expected
+            except BaseException as error:  # noqa: BLE001 that none comes is the point
+                errors.append(error)
+
+    with Session() as session:
+        engine.prefill(session, [1, 2, 3, 4, 5])
+        expected = engine.decode(session).token
+    thread = Thread(target=serve)
+    thread.start()
+    try:
+        check_engine(TinyEngine, vocab_size=VOCAB_SIZE, only=["failure_before_advance"])
+    finally:
+        stop[0] = True
+        thread.join()
+    assert not errors
+
+
+def test_no_more_than_promised() -> None:
+    """An engine is asked for no more than 8 sessions at a time, with no more than 64 tokens each."""
+    most = {"sessions": 0, "tokens": 0}
+
+    class Counting(TinyEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.live = 0
+
+        def create(self) -> object:
+            self.live += 1
+            most["sessions"] = max(most["sessions"], self.live)
+            return super().create()
+
+        def release(self, cache: object) -> None:
+            self.live -= 1
+
+        def sample(self, session: Session, state: BorrowedState[object], out: int) -> int:
+            most["tokens"] = max(most["tokens"], len(state.token_history) + 1)
+            return super().sample(session, state, out)
+
+    for seed in range(3):
+        check_engine(Counting, vocab_size=VOCAB_SIZE, seed=seed)
+    assert 3 <= most["sessions"] <= 8
+    assert 20 <= most["tokens"] <= 64
+
+
+# What the documentation says
+
+
+def test_page_lists_the_checks() -> None:
+    """The page has the checks in their order, each with its promise."""
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
+    assert rows == [(check.name, check.promise) for check in CHECKS.values()]
+
+
+def test_page_shows_a_failure() -> None:
+    """The failure on the page is a real one."""
+    text = message(DecodeReturnsTheLast, "tokens_reach_the_session")
+    assert f"```text\n{text}\n```" in PAGE.read_text("utf-8")
+
+
+def test_page_tells_the_catch_rate() -> None:
+    """The page has the numbers that the tests of the kit show."""
+    text = " ".join(PAGE.read_text("utf-8").split())
+    pairs = sum(map(len, BROKEN.values()))
+    assert f"{len(BROKEN)} of {len(BROKEN)} broken engines" in text
+    assert f"all {pairs} expected" in text
+    assert f"{len(RIGHT)} right engines" in text
+    assert f"no false alarm in {len(RIGHT) * len(SEEDS)} runs" in text
