@@ -163,7 +163,7 @@ def test_nothing_to_check() -> None:
 def test_wrong_numbers(wrong: dict[str, Any]) -> None:
     """Numbers with which nothing could be checked are refused."""
     with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
-        check_engine(TinyEngine, **{"vocab_size": VOCAB_SIZE, **wrong})
+        check_engine(TinyEngine, **cast("Any", {"vocab_size": VOCAB_SIZE, **wrong}))
     with pytest.raises(TypeError, match="make_engine must return a new engine"):
         check_engine(cast("Any", TinyEngine()), vocab_size=VOCAB_SIZE)
 
