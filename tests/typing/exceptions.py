@@ -7,10 +7,13 @@ from inference_session import Session
 from inference_session.engine import StateSlots
 from inference_session.exceptions import (
     BorrowExpiredError,
+    RegistryFullError,
     SessionBusyError,
     SessionClosedError,
     SessionError,
+    SessionExistsError,
     SessionForkedError,
+    SessionNotFoundError,
     SessionOwnerError,
     StateMismatchError,
 )
@@ -55,6 +58,11 @@ def test_mismatches_have_numbers(error: StateMismatchError) -> None:
     assert_type(error.actual, int)
 
 
+def test_a_full_registry_has_a_number(error: RegistryFullError) -> None:
+    """The error of a registry, not of a session, says how many sessions there may be."""
+    assert_type(error.max_sessions, int)
+
+
 def test_errors_have_one_root() -> None:
     """All errors can be caught as one."""
     errors: list[SessionError] = [
@@ -63,6 +71,9 @@ def test_errors_have_one_root() -> None:
         SessionOwnerError(uuid4()),
         SessionForkedError(uuid4()),
         BorrowExpiredError(uuid4()),
+        SessionExistsError(uuid4()),
+        SessionNotFoundError(uuid4()),
+        RegistryFullError(7),
         StateMismatchError(uuid4(), expected=1, actual=2),
     ]
     assert_type(errors.pop(), SessionError)
