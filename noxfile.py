@@ -267,7 +267,8 @@ def docs(session: nox.Session) -> None:
     html = f"{session.create_tmp()}/html"
     session.run("sphinx-build", "-E", "-n", "-W", "--keep-going", "docs", html)
     session.run("python", "-m", "pytest", "tests/docs", env={"BUILT_SITE": html})
-    pages = {page.as_posix() for page in (*Path().glob("*.md"), *Path("docs").glob("**/*.md"))}
+    found = [*Path().glob("*.md"), *Path("docs").glob("**/*.md")]
+    pages = {page.as_posix() for page in found if "_build" not in page.parts}
     pages -= set(files("*.md", *LIBRARIES))
     session.run("python", "-m", "pytest", "-p", "docs.samples", *sorted(pages), "src")
 

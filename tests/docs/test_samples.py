@@ -9,7 +9,9 @@ from markdown_it import MarkdownIt
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted(
+    page for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if "_build" not in page.parts
+)
 SOURCES = sorted(ROOT.glob("src/**/*.py"))
 UNRUN = re.compile(
     r"^ *[`~:]{3,} *\{(code|code-block|sourcecode|doctest|parsed-literal)\}", re.MULTILINE
