@@ -39,6 +39,7 @@ nitpick_ignore_regex = [
     (r"py:obj", r".*\.KV"),
 ]
 
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
