@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ MODULES = [
     "inference_session.testing",
 ]
 SITE = Path(os.environ["BUILT_SITE"])
+GENERATED = {"genindex.html", "py-modindex.html", "search.html"}
+
+
+def read(page: str) -> str:
+    """Return a page of the site."""
+    return (SITE / f"{page}.html").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +54,19 @@ def test_errors_say_when(name: str) -> None:
     means, do_not = errors.when(getattr(exceptions, name))
     assert means.endswith(".")
     assert do_not.endswith(".")
-    table = (SITE / "reference.html").read_text("utf-8").partition("</table>")[0]
+    table = read("reference").partition("</table>")[0]
     assert f"#inference_session.exceptions.{name}" in table
+
+
+def test_every_page_is_listed_once() -> None:
+    """The list of pages beside each page names every page, and none twice."""
+    listed = re.findall(r'toctree-l1"><a class="reference internal" href="([^"]+)"', read("index"))
+    pages = {page.relative_to(SITE).as_posix() for page in SITE.glob("**/*.html")}
+    assert sorted(listed) == sorted(pages - {"index.html", *GENERATED})
 
 
 def test_picture_is_of_this_library() -> None:
     """The picture of the core concepts is in its page, drawn from what a real session did."""
-    page = (SITE / "concepts.html").read_text("utf-8")
+    page = read("concepts")
     assert "</svg>" in page
     assert page.count(">kv_length 5<") == 3
