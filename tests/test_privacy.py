@@ -14,7 +14,7 @@ from uuid import UUID
 
 import pytest
 
-from inference_session import Session
+from inference_session import Session, SessionRegistry
 from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
 
 
@@ -204,6 +204,41 @@ def test_representations(ear: Ear, engine: Engine, session: Session) -> None:
     ear.heard += [repr(PrefillResult(3))]
     session.close()
     ear.heard.append(repr(session))
+
+
+def test_registries(ear: Ear, engine: Engine) -> None:
+    """A registry shows ids and numbers: not what its sessions hold, nor what it was given for an id or a limit."""
+
+    def cast_size(cache: Cache) -> int:
+        return cast("int", Hush())
+
+    def step(session: Session, slots: StateSlots[Cache]) -> None:
+        with slots.borrow(session) as state:
+            state.append(TOKENS)
+            state.kv_cache.length = 3
+            state.advance(3)
+
+    unmeasurable = StateSlots(create=Cache, length=engine.length, nbytes=cast_size)
+    with SessionRegistry(max_sessions=1, max_kv_bytes=0) as registry:
+        session = registry.open()
+        step(session, engine.slots)  # evicted at once
+        ear.heard += [repr(registry), str(registry), f"{registry}", repr(list(registry))]
+        ear.fail(lambda: registry.open(session.id))
+        with engine.slots.borrow(session):
+            ear.fail(registry.open)
+        engine.fails.add("release")
+        step(session, engine.slots)
+        ear.attempt(registry.open)
+        engine.fails.clear()
+        ear.fail(lambda: step(registry.open(), unmeasurable))
+    ear.fail(registry.open)
+    for secret in (TOKENS, Hush(), "hush", b"hush", 1234567.5, Cache):
+        bad = cast("Any", secret)
+        for call in (registry.open, registry.get, registry.__getitem__, registry.close):
+            ear.fail(partial(cast("Callable[[Any], object]", call), bad))
+        ear.fail(lambda bad=bad: SessionRegistry(max_sessions=bad))
+        ear.fail(lambda bad=bad: SessionRegistry(max_kv_bytes=bad))
+    ear.fail(lambda: SessionRegistry(idle_timeout=cast("Any", Hush())))
 
 
 def test_slots_with_telling_functions(ear: Ear) -> None:

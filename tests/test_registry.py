@@ -8,6 +8,7 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, cast
 from uuid import UUID, uuid4
 
@@ -15,6 +16,8 @@ import cloudpickle  # type: ignore[import-untyped]  # pyright: ignore[reportMiss
 import pytest
 
 from inference_session import Session, SessionRegistry, _registry
+from inference_session._lease import Lease
+from inference_session._session import Keeper
 from inference_session.engine import StateSlots
 from inference_session.exceptions import (
     RegistryFullError,
@@ -477,6 +480,37 @@ def test_release_is_interrupted(engine: Engine) -> None:
         assert session.closed
         assert len(registry) == 0
         registry.open()
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+def test_changed_hands_at_the_last_moment(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, *, borrowed: bool
+) -> None:
+    """A session that other threads get hold of, or let go of, when it is about to be closed is looked at again."""
+    with SessionRegistry(max_sessions=2) as registry:
+        first, second = registry.open(), registry.open()
+        holds: list[Lease] = [weakref.ref(Keeper()), weakref.ref(Keeper())]
+        hold = Session._hold
+
+        def too_late(session: Session, lease: Lease) -> Lease | None:
+            return holds.pop() if holds else hold(session, lease)
+
+        monkeypatch.setattr(Session, "_hold", too_late)
+        with engine.slots.borrow(first) if borrowed else nullcontext():
+            registry.open()
+        assert holds == []
+        assert [first.closed, second.closed] == [not borrowed, borrowed]
+
+
+def test_closed_by_two_at_once() -> None:
+    """A session that two threads close leaves the registry once."""
+    with SessionRegistry(max_sessions=2) as registry:
+        session = registry.open()
+        registration = session._registration
+        assert registration is not None
+        session.close()
+        registration.close(session)  # by who was about to close it, too
+        assert registry._room == 2
 
 
 # Idle for too long
