@@ -236,8 +236,8 @@ def test_registries(ear: Ear, engine: Engine) -> None:
         bad = cast("Any", secret)
         for call in (registry.open, registry.get, registry.__getitem__, registry.close):
             ear.fail(partial(cast("Callable[[Any], object]", call), bad))
-        ear.fail(lambda bad=bad: SessionRegistry(max_sessions=bad))
-        ear.fail(lambda bad=bad: SessionRegistry(max_kv_bytes=bad))
+        ear.fail(partial(cast("Any", SessionRegistry), max_sessions=bad))
+        ear.fail(partial(cast("Any", SessionRegistry), max_kv_bytes=bad))
     ear.fail(lambda: SessionRegistry(idle_timeout=cast("Any", Hush())))
 
 

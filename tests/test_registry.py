@@ -502,6 +502,24 @@ def test_changed_hands_at_the_last_moment(
         assert [first.closed, second.closed] == [not borrowed, borrowed]
 
 
+def test_replaced_at_the_last_moment(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry isn't full because of a session that was borrowed, but has gone meanwhile."""
+    with SessionRegistry(max_sessions=1) as registry:
+        first = registry.open()
+        get = SessionRegistry.get
+
+        def replace(registry: SessionRegistry, id: UUID) -> Session | None:  # noqa: A002
+            monkeypatch.setattr(SessionRegistry, "get", get)
+            first.close()
+            registry.open(SOME_ID)
+            return registry.get(id)
+
+        monkeypatch.setattr(SessionRegistry, "get", replace)
+        with engine.slots.borrow(first):
+            assert registry.open().id in registry
+        assert SOME_ID not in registry
+
+
 def test_closed_by_two_at_once() -> None:
     """A session that two threads close leaves the registry once."""
     with SessionRegistry(max_sessions=2) as registry:

@@ -201,8 +201,10 @@ class SessionRegistry:
             self._close_idle(_say)
         borrowed: set[Session] = set()
         while not self._add(session):
-            if len(borrowed) >= len(self) and borrowed.issuperset(self._snapshot() or [session]):
-                raise RegistryFullError(cast("int", self._max_sessions))
+            if len(borrowed) >= len(self):
+                present = self._snapshot()  # perhaps none, as other threads close them
+                if present and borrowed.issuperset(present):
+                    raise RegistryFullError(cast("int", self._max_sessions))
             first = self._first()
             if first is not None and not self._close_unborrowed(first, _say):
                 borrowed.add(first)
@@ -397,7 +399,9 @@ class SessionRegistry:
         return None
 
     def _snapshot(self) -> list[Session]:
-        return list(self._sessions.values())
+        sessions = self._sessions.values()
+        with _lock:
+            return [*sessions]
 
     def _now(self) -> Registration:
         """Return what tells that a session was used now."""
