@@ -484,6 +484,13 @@ def any_reopening(run: Run, talk: Talk, tokens: list[int], number: int) -> None:
     run.reopen(talk)
 
 
+def any_foreign(run: Run, talk: Talk, tokens: list[int], number: int) -> None:
+    """Step a session of something else."""
+    foreign = run.open_foreign(tokens)
+    run.refuse(foreign, DECODE if number % 2 else prefill(tokens), SessionOwnerError)
+    run.forget(foreign)
+
+
 ANY: Final[Sequence[Callable[[Run, Talk, list[int], int], None]]] = (
     any_prefill,
     any_decode,
@@ -496,13 +503,14 @@ ANY: Final[Sequence[Callable[[Run, Talk, list[int], int], None]]] = (
     any_evict,
     any_failure,
     any_bad_tokens,
+    any_foreign,
     any_reopening,
 )
 
 
 def can_fail(event: Event) -> bool:
     """Whether a step can fail here."""
-    return event.name not in {"borrow", "end of borrow", "release", "length", "truncate"}
+    return event.name not in {"borrow", "end of borrow", "release", "truncate"}
 
 
 @check

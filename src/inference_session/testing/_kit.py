@@ -244,6 +244,7 @@ class Search:
             )
         except BrokenError:
             pass
+        self.best = self.best or reference.swayed
 
     def _found(self, broken: BrokenError) -> None:
         if self.best is None or broken.size < self.best.size:
