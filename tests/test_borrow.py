@@ -844,7 +844,35 @@ def test_clean_exit_checks_the_cache(
         memory.feed(state, [3] * fed)
     error = caught.value
     assert (error.session_id, error.expected, error.actual) == (session.id, 2, 2 + fed)
-    assert look(slots, session) == ([1], 1)
+    assert look(slots, session) == ([1], 0)
+
+
+@pytest.mark.parametrize("call", ["advance", "commit", "end"])
+def test_a_cache_that_was_wrong_is_not_trusted_again(
+    session: Session, slots: StateSlots[Cache], memory: Memory, call: str
+) -> None:
+    """Once a KV cache was seen to be other than its engine says, a rollback isn't content with its length."""
+    prepare(slots, memory, session, 1, 2)
+    with pytest.raises(StateMismatchError), slots.borrow(session) as state:
+        state.append([3])
+        state.kv_cache.tokens[1:] = [9, 3, 3]  # what it covered is overwritten, too
+        if call == "advance":
+            state.advance(1)
+        if call == "commit":
+            state.commit()
+    assert look(slots, session) == ([1, 2], 0)
+
+
+def test_a_cache_kept_aside_is_trusted(session: Session, functional: Memory) -> None:
+    """The KV cache that a step replaced has nothing to do with what is wrong about the new one."""
+    slots = functional.slots()
+    prepare(slots, functional, session, 1, 2)
+    with pytest.raises(StateMismatchError), slots.borrow(session) as state:
+        state.append([3])
+        functional.feed(state, [3, 3])
+        state.advance(1)
+    assert look(slots, session) == ([1, 2], 2)
+    session.close()
 
 
 def test_return_commits(session: Session, slots: StateSlots[Cache], memory: Memory) -> None:
@@ -1548,7 +1576,7 @@ def test_batch_rolls_back_as_one(
 @pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("functional", [False, True])
 def test_batch_with_one_mismatch(position: int, *, functional: bool) -> None:
-    """If one cache doesn't cover what it should, none is committed, and none of the other caches is lost."""
+    """If one cache doesn't cover what it should, none is committed, and no other cache is lost."""
     memory = Memory(functional=functional)
     slots = memory.slots()
     sessions = [Session() for _ in range(3)]
@@ -1558,9 +1586,10 @@ def test_batch_with_one_mismatch(position: int, *, functional: bool) -> None:
         for state in states:
             memory.step(state, 3)
         memory.feed(states[position], [4])
-    assert caught.value.session_id == sessions[position].id
+    wrong = sessions[position]
+    assert caught.value.session_id == wrong.id
     for session in sessions:
-        assert look(slots, session) == ([1, 2], 2)
+        assert look(slots, session) == ([1, 2], 0 if session is wrong and not functional else 2)
         session.close()
     memory.check_all_released()
 

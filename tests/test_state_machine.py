@@ -346,6 +346,11 @@ class Talk:
             if self.original is None:
                 self.kept = None
 
+    def distrust(self) -> None:
+        """Take note that the present cache was seen not to cover what it should."""
+        if self.original is None:
+            self.kept = None
+
     def put(self, cache: Cache) -> None:
         """Put another cache in the place of the present one."""
         if cache is self.original:
@@ -609,6 +614,7 @@ class Sessions(RuleBasedStateMachine):
             assert isinstance(raised, StateMismatchError)
             mismatch = (raised.session_id, raised.expected, raised.actual)
             assert mismatch == body.mismatches[0]
+            next(talk for talk in talks if talk.session.id == raised.session_id).distrust()
             committed = False
         for talk in talks:
             if committed:
@@ -791,6 +797,8 @@ class Body:
         error = self.machine.attempt(call)
         if self.machine.disturbances == before:
             assert type(error) is (type(None) if refused is None else refused), error
+            if refused is StateMismatchError:
+                talk.distrust()
             return error, error is None
         talk.sure = False
         if error is None:

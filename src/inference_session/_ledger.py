@@ -102,7 +102,12 @@ class Ledger(Generic[KV]):
             raise self.mismatch(expected, length)
 
     def mismatch(self, expected: int, length: int) -> StateMismatchError:
-        """Return the error for a KV cache of the wrong length; TypeError if that isn't even an int."""
+        """Return the error for a KV cache of the wrong length; TypeError if that isn't even an int.
+
+        Nobody knows what such a cache holds, so a rollback won't be content with its length.
+        """
+        count, cut_off, kept = self.savepoint
+        self.savepoint = (count, cut_off, _NOT_KEPT if self.spare is NO_CACHE else kept)
         return StateMismatchError(self.session_id, expected, index(length))
 
     def discard_cache(self, failure: BaseException | None = None) -> None:
@@ -138,7 +143,7 @@ class Ledger(Generic[KV]):
         if (
             length != self.kv_length
         ):  # what check_cache does, without a call, as every step comes here
-            raise StateMismatchError(self.session_id, self.kv_length, index(length))
+            raise self.mismatch(self.kv_length, length)
         if self.spare is not NO_CACHE:
             self._discard_spare()
         return (len(self.history), NO_TOKENS, _NOT_KEPT if cache is NO_CACHE else self.kv_length)

@@ -113,8 +113,9 @@ class StateMismatchError(SessionError):
     """The KV cache does not cover as many tokens as it should, by the engine's own `length`.
 
     The engine fed other tokens than it said, `length` does not tell the truth (does it read *all* layers?), or
-    `create` or `truncate` did not do what they should. You do *not* get it when a KV cache can't be rolled back after
-    a failed step: that one is released, and the next step computes it anew.
+    `create` or `truncate` did not do what they should. A rollback releases that KV cache, whatever its length is then.
+    You do *not* get it when a KV cache can't be rolled back after a failed step: that one is released as well, and the
+    next step computes it anew.
     """
 
     session_id: UUID
