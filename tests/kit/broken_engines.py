@@ -713,6 +713,8 @@ class CancelledStepIsKept(TinyEngine):
     "failure_after_advance",
     "failure_between_chunks",
     "failure_at_append",
+    "failure_in_truncate",
+    "any_sequence_of_calls",
 )
 class LockNotReleased(TinyEngine):
     """A lock isn't released when a step fails, and all that follow wait for ever (abetlen/llama-cpp-python#1861)."""

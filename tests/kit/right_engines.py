@@ -188,6 +188,21 @@ class FunctionalWithoutTruncate(Functional):
         return StateSlots(create=self.create, length=self.length)
 
 
+class Tuples(TinyEngine):
+    """Its caches are tuples; all that are empty are one and the same object, which does no harm."""
+
+    def make_slots(self) -> StateSlots[Any]:
+        """Describe the cache."""
+        return StateSlots(create=tuple[int, ...], length=len)
+
+    def forward(self, session: Session, state: BorrowedState[Any], tokens: Sequence[int]) -> int:
+        """Return a new tuple."""
+        cache = Cache()
+        out = forward(cache, [*state.kv_cache, *tokens])
+        state.kv_cache = (*state.kv_cache, *tokens)
+        return out
+
+
 class Handles(TinyEngine):
     """Its caches are in one place, and what a session has is a number, as in llama.cpp; there are few of them."""
 
@@ -277,6 +292,7 @@ RIGHT: Final[Sequence[Callable[[], TinyEngine]]] = (
     Minimal,
     Functional,
     FunctionalWithoutTruncate,
+    Tuples,
     Handles,
     Batched,
     Locked,

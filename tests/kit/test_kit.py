@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from threading import Thread
+from threading import Lock, RLock, Thread
 from typing import Any, cast
 from unittest import SkipTest
 
@@ -30,10 +33,18 @@ from tests.kit.test_engines import SEEDS
 
 from inference_session import Session
 from inference_session._batch import BorrowedBatch
-from inference_session.engine import BorrowedState, DecodeResult, StateSlots
+from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
+from inference_session.exceptions import SessionBusyError, SessionClosedError
 from inference_session.testing import check_engine, parametrize_with_checks
 from inference_session.testing._checks import CHECKS
+from inference_session.testing._choices import Choices
+from inference_session.testing._hooks import hooked
 from inference_session.testing._kit import Kit
+from inference_session.testing._race import Pause, race
+from inference_session.testing._reference import Reference
+from inference_session.testing._report import BrokenError, ConclusiveError
+from inference_session.testing._run import DECODE, Run
+from inference_session.testing._watch import Watch
 
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +141,213 @@ def test_what_never_happens_is_skipped(
     with pytest.raises(SkipTest, match=reason):
         Kit(engine, VOCAB_SIZE, 20, 0).run(CHECKS[check])
     check_engine(engine, vocab_size=VOCAB_SIZE, only=[check])
+
+
+class Odd(TinyEngine):
+    """An engine that does something odd once, when it's asked to for the n-th time."""
+
+    def __init__(self, odd: Callable[[Session], Any], when: int) -> None:
+        super().__init__()
+        self.odd = odd
+        self.when = when
+
+    def decode(self, session: Session, /) -> DecodeResult:
+        """Decode, or do what is odd."""
+        self.when -= 1
+        if self.when == 0:
+            result: DecodeResult = self.odd(session)
+            return result
+        return super().decode(session)
+
+
+def interrupt(session: Session) -> None:
+    """Do what Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def crash(session: Session) -> None:
+    """Fail."""
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("when", range(1, 12))
+@pytest.mark.parametrize("check", ["failure_at_append", "close_in_mid_step", "rewind"])
+def test_odd_errors(check: str, when: int) -> None:
+    """An error of the engine's own is found whenever it comes; a real Ctrl-C ends the check."""
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        check_engine(lambda: Odd(crash, when), vocab_size=VOCAB_SIZE, only=[check])
+    with pytest.raises(KeyboardInterrupt):
+        check_engine(lambda: Odd(interrupt, when), vocab_size=VOCAB_SIZE, only=[check])
+
+
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        (None, "Got:       NoneType"),
+        (7, "Got:       int"),
+        (DecodeResult(cast("Any", 7.0)), "Got:       7.0 of type float"),
+        (DecodeResult(VOCAB_SIZE), f"Got:       {VOCAB_SIZE} of type int"),
+        (DecodeResult(token=True), "Got:       True of type bool"),
+    ],
+)
+def test_odd_results(result: object, got: str) -> None:
+    """What isn't a token isn't taken for one."""
+
+    def odd(session: Session) -> object:
+        return result
+
+    assert got in message(lambda: Odd(odd, 1), "tokens_reach_the_session")
+
+
+def test_odd_result_of_prefill() -> None:
+    """An engine that returns nothing is told so."""
+
+    class ReturnsNothing(TinyEngine):
+        def prefill(self, session: Session, tokens: Sequence[int], /) -> Any:
+            super().prefill(session, tokens)
+
+    assert "Expected:  a PrefillResult" in message(ReturnsNothing, "tokens_reach_the_session")
+
+
+def test_error_of_the_reference_is_told() -> None:
+    """An engine that can't take at once what it takes in pieces is told, by the calls that show it."""
+
+    class ShortPrompts(TinyEngine):
+        def validate(self, tokens: Sequence[int]) -> None:
+            super().validate(tokens)
+            if len(tokens) > 6:
+                raise RuntimeError("too long")
+
+    text = message(ShortPrompts, "prefill_in_pieces")
+    assert re.search(
+        r"Got:       RuntimeError: too long\n.*:\n    engine = make_engine\(\)\n    a = .*\n"
+        r"    engine\.prefill\(a, \[.*\]\)\n    engine\.decode\(a\)\n",
+        text,
+    )
+    text = message(ShortPrompts, "empty_session_is_refused")
+    assert "too weak to check" in text
+    assert "a simple prefill and decode raised RuntimeError: too long" in text
+
+
+def test_cache_left_over() -> None:
+    """An engine that makes KV caches for itself must release them, too."""
+
+    class Scratch(TinyEngine):
+        def decode(self, session: Session, /) -> DecodeResult:
+            self.slots.create()
+            return super().decode(session)
+
+    text = message(Scratch, "tokens_reach_the_session")
+    assert "Expected:  a KV cache that no session has any more to be released" in text
+
+
+def test_borrow_left_open_by_close() -> None:
+    """A session that was closed in the middle of a step is freed when that has ended, if it ever does."""
+
+    class LeavesItOpen(TinyEngine):
+        def decode(self, session: Session, /) -> DecodeResult:
+            self.block = self.slots.borrow(session)
+            with ExitStack() as stack:
+                state = self.block.__enter__()
+                if not session.closed:
+                    stack.push(self.block)
+                result = self.decode_borrowed(session, state)
+                if session.closed:
+                    stack.pop_all()
+                    raise SessionClosedError(session.id)
+                return result
+
+    text = message(LeavesItOpen, "close_in_mid_step")
+    assert "Expected:  the state of a closed session to be freed" in text
+    gc.collect()
+
+
+def test_swayed_engine() -> None:
+    """An engine that answers other when it has served many sessions is caught, though no short sequence shows it."""
+
+    class Tires(TinyEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.served = 0
+
+        def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
+            self.served += not session.token_count
+            return super().prefill(session, tokens)
+
+        def sample(self, session: Session, state: BorrowedState[Any], out: int) -> int:
+            return super().sample(session, state, out + self.served // 20)
+
+    text = message(Tires, "decode_from_the_cache")
+    assert re.search(r"# \d+ sessions, one at a time: prefill, decode, close\n", text)
+    assert "as of a new engine" in text
+
+
+class Refusing(TinyEngine):
+    """An engine that is always busy, after a first decode."""
+
+    served = 0
+
+    def decode(self, session: Session, /) -> DecodeResult:
+        """Decode, once."""
+        self.served += 1
+        if self.served > 1:
+            raise SessionBusyError(session.id)
+        return super().decode(session)
+
+
+class Forking(TinyEngine):
+    """An engine that answers from a copy, if the session is busy."""
+
+    def decode(self, session: Session, /) -> DecodeResult:
+        """Decode, somehow."""
+        try:
+            return super().decode(session)
+        except SessionBusyError:
+            return DecodeResult(0)
+
+
+class Stuck(TinyEngine):
+    """An engine with a lock that's never released, taken by the n-th call or all after it."""
+
+    def __init__(self, lock: Any, when: int) -> None:
+        super().__init__()
+        self.lock = lock
+        self.when = when
+
+    def decode(self, session: Session, /) -> DecodeResult:
+        """Decode, once."""
+        self.when -= 1
+        if self.when <= 0:
+            self.lock.acquire()
+        return super().decode(session)
+
+
+@pytest.mark.parametrize(
+    ("engine", "skip", "got"),
+    [
+        (lambda: Stuck(RLock(), 1), 99, "it hangs"),
+        (lambda: Stuck(Lock(), 2), 99, "one hangs"),
+        (lambda: Stuck(Lock(), 2), 8, "the second step waits for the first"),
+        (lambda: Odd(crash, 2), 99, "ZeroDivisionError"),
+        (Refusing, 99, "SessionBusyError in both"),
+        (Forking, 3, "both steps succeeded"),
+    ],
+)
+def test_races(engine: Callable[[], TinyEngine], skip: int, got: str) -> None:
+    """Two steps at once end, one of them well, and the other with SessionBusyError if the first was in its borrow."""
+    with pytest.raises((BrokenError, ConclusiveError)) as caught:
+        race_to_decode(engine, skip)
+    assert got in str(caught.value)
+
+
+def race_to_decode(engine: Callable[[], TinyEngine], skip: int) -> None:
+    """Decode a session twice at once; the first step stops at one of its events."""
+    watch, choices = Watch(), Choices(cast("Any", None), VOCAB_SIZE)
+    with hooked(watch), Run(engine, watch, Reference(TinyEngine), choices) as run:
+        talk = run.open()
+        run.prefill(talk, [1, 2, 3])
+        run.decode(talk)
+        race(run, talk, DECODE, DECODE, Pause(lambda event: True, skip, talk))
 
 
 # What it can be told
@@ -229,8 +447,6 @@ def test_in_a_suite(tmp_path: Path) -> None:
 
 def environment() -> dict[str, str]:
     """Return the environment, without what would tell Hypothesis or coverage where to write."""
-    import os  # noqa: PLC0415
-
     return {name: value for name, value in os.environ.items() if "HYPOTHESIS" not in name}
 
 

@@ -63,6 +63,14 @@ class Cacheless(TinyEngine):
         return forward(Cache(), state.token_history)
 
 
+class Stateless(TinyEngine):
+    """It has no KV cache at all, and computes everything anew from the tokens."""
+
+    def feed(self, session: Session, state: State, tokens: Sequence[int]) -> int:
+        """Run the model on all tokens."""
+        return forward(Cache(), state.token_history)
+
+
 WEAK: Final[dict[type[TinyEngine], str]] = {
     Constant: "it answers every prompt with the same token",
     Echo: "the first token",
@@ -70,5 +78,6 @@ WEAK: Final[dict[type[TinyEngine], str]] = {
     BagOfTokens: "the order of the tokens",
     BeginningOnly: "the last token",
     Cacheless: "the KV cache",
+    Stateless: "the KV cache",
 }
 """The weak engines, and what is said of them."""

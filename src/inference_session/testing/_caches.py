@@ -59,9 +59,3 @@ def held(session: Session) -> list[object]:
     if ledger is None:
         return []
     return [cache for cache in (ledger.kv_cache, ledger.spare) if cache is not NO_CACHE]
-
-
-def shared(sessions: Iterable[Session]) -> bool:
-    """Whether two sessions hold one KV cache."""
-    keys = [key(cache) for session in sessions for cache in held(session)]
-    return len(set(keys)) < len(keys)

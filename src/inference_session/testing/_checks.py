@@ -152,7 +152,7 @@ def fail_steps(
         step = DECODE if decode else a_prefill(run, talk, shortest)
         if fail_step(run, talk, step, a_fault(run, events, error, advanced=advanced)):
             run.proofs += 1
-            run.step(talk, step, elsewhere=True)
+            run.step(talk, step)
 
     for error, decode in product(ERRORS, (True, False)):
         # Hypothesis leaves out what isn't needed to show a failure.
@@ -248,7 +248,7 @@ def failure_in_truncate(run: Run) -> None:
         run.proofs += fail_rewind(run, talk, run.choose.number(1, len(talk.history) - 1), fault)
     else:
         run.proofs += fail_step_twice(run, talk, a_step(run, talk), fault)
-    run.step(talk, a_step(run, talk), elsewhere=True)
+    run.step(talk, a_step(run, talk))
     run.decode(talk)
 
 

@@ -7,6 +7,7 @@ from typing import Final, NoReturn
 from attrs import define
 
 from inference_session.exceptions import SessionClosedError
+from inference_session.testing._report import ConclusiveError
 from inference_session.testing._run import Run, Step, Talk
 from inference_session.testing._watch import Event, Trigger
 
@@ -97,7 +98,7 @@ def close_within(run: Run, talk: Talk, step: Step, close: Close) -> None:
     run.watch.begin_step(close)
     call = run.call(talk, step)
     try:
-        result = call()
+        result = run.perform(call)
     except Exception as error:
         if close.fired is None or not isinstance(error, SessionClosedError):
             raise run.broken(
@@ -108,6 +109,7 @@ def close_within(run: Run, talk: Talk, step: Step, close: Close) -> None:
     if close.fired is None:
         run.close(talk)
         return
+    run.failed = True
     run.calls[-1] += f"  # {talk}.close() is called {close.fired}"
     run.closed(talk)
 
@@ -127,7 +129,9 @@ def _fail(
     run.calls.append(line)
     run.watch.begin_step(*faults)
     try:
-        result = call()
+        result = run.perform(call)
+    except ConclusiveError:
+        raise
     except BaseException as raised:
         fired = _note(run, faults)
         if not fired:
@@ -152,5 +156,6 @@ def _fail(
 def _note(run: Run, faults: Sequence[Fault]) -> list[Fault]:
     fired = [fault for fault in faults if fault.fired is not None]
     if fired:
+        run.failed = True
         run.calls[-1] += "  # " + ", then ".join(f"{it.name} is raised {it.fired}" for it in fired)
     return fired
