@@ -30,9 +30,14 @@ class StateSlots(Generic[KV]):
     An engine makes one, once, of plain functions that tell how its KV cache works. The type of the KV cache is that
     which `create` returns.
 
+    Where the device works asynchronously (JAX, MLX), wait for it before `advance`: a failure that shows only after the
+    block has ended, or after `commit`, is not rolled back.
+
     Args:
         create: returns a new KV cache that covers no tokens.
-        length: returns how many tokens a KV cache covers; in all its layers, or the check is worth little.
+        length: returns how many tokens a KV cache covers; in all its layers, or the check is worth little. If layers
+            disagree after a failed step, raise, or return `sys.maxsize`, which a rollback truncates if it can; never
+            the least of them, or the rollback takes the KV cache for whole.
         truncate: makes a KV cache cover its first n tokens only, and returns it, or another that takes its place. It
             owns what it's given: if it returns another, freeing the old one is its business; if it raises, the library
             releases the old one. Without `truncate`, a KV cache that covers too much is released and computed anew.
