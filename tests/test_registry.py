@@ -16,7 +16,7 @@ import cloudpickle  # type: ignore[import-untyped]  # pyright: ignore[reportMiss
 import pytest
 
 from inference_session import Session, SessionRegistry, _registry
-from inference_session._lease import Lease
+from inference_session._lease import Lease, leases
 from inference_session._session import Keeper
 from inference_session.engine import StateSlots
 from inference_session.exceptions import (
@@ -529,6 +529,20 @@ def test_closed_by_two_at_once() -> None:
         session.close()
         registration.close(session)  # by who was about to close it, too
         assert registry._room == 2
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_no_lease_outlives_the_session(engine: Engine, *, begun: bool) -> None:
+    """A session that had to make room leaves no lease behind: its address will be another's."""
+    registry = SessionRegistry(max_sessions=1)
+    session = registry.open()
+    if begun:
+        engine.step(session)
+    registry.open()
+    assert session.closed
+    address = id(session)
+    del session
+    assert address not in leases
 
 
 # Idle for too long

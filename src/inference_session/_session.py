@@ -139,9 +139,9 @@ class Session:
             ledger = self._ledger
         except AttributeError:  # not initialised
             return
+        leases.pop(id(self), None)  # of something that didn't end, and won't
         if ledger is None or self._is_forked():
             return
-        leases.pop(id(self), None)  # of a borrow that didn't end, and won't
         try:
             if ledger.holds_cache() and ledger.slots.release is not None and not self._closed:
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
