@@ -48,9 +48,8 @@ class Watch:
     """The listener of a check."""
 
     book: CacheBook = field(init=False, factory=CacheBook)
-    events: list[Event] = field(init=False, factory=list[Event])
-    """What the present step did so far."""
     advances: int = field(init=False, default=0)
+    """How often the present step has advanced."""
     seen: set[str] = field(init=False, factory=set[str])
     """What the engine ever did."""
     _triggers: list[Trigger] = field(init=False, factory=list[Trigger])
@@ -70,8 +69,8 @@ class Watch:
         self._sessions.add(session)
 
     def begin_step(self, *triggers: Trigger) -> None:
-        """Forget the events of the last step, and its triggers."""
-        self.events, self.advances = [], 0
+        """Forget the last step, and its triggers."""
+        self.advances = 0
         self._triggers = list(triggers)
 
     def knows(self, session: Session) -> bool:
@@ -117,7 +116,6 @@ class Watch:
     def _happens(self, when: When, name: str) -> None:
         event = Event(when, name, self.advances)
         self.seen.add(str(event))
-        self.events.append(event)
         for trigger in self._triggers:
             if trigger.fired is None and trigger.at(event):
                 if trigger.skip:
