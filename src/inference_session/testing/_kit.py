@@ -60,7 +60,7 @@ def check_engine(
 
     Raises:
         TypeError, ValueError: if an argument makes no sense; no check was run then.
-        AssertionError: if a promise is broken, or if the engine is too weak to show that none is. It tells which promise,
+        AssertionError: if a promise is broken, or if the engine is too weak to show that none is. It tells which,
             what was expected, the shortest sequence of calls found that shows it, and how to run it again.
     """
     kit = new_kit(make_engine, vocab_size, max_examples, seed)
