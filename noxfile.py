@@ -117,7 +117,7 @@ def run_tests(
     """
     tests, omitted, shown = [], [], []
     if of_kit:
-        tests = ["tests/kit"]
+        tests = ["tests/kit", "--numprocesses=auto"]
         omitted, shown = ["--omit=tests/*"], ["--include=*/inference_session/testing/*"]
     session.install(package, *group("tests"), *requirements)
     # Data of its own for every environment: sessions may run side by side.
@@ -154,7 +154,7 @@ def tests_all(session: nox.Session, attrs: list[str]) -> None:
 @nox.session
 def kit(session: nox.Session) -> None:
     """Test the conformance kit: right engines pass, and every broken one is caught."""
-    run_tests(session, *group("newest"), of_kit=True)
+    run_tests(session, *group("newest", "kit"), of_kit=True)
 
 
 @nox.session
