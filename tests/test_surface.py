@@ -143,15 +143,6 @@ def test_only_imports() -> None:
             assert needed <= (allowed | extra if source in testing else allowed), source.name
 
 
-def test_testing_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the extra, the error says how to install it."""
-    for name in [it for it in sys.modules if it.startswith("inference_session.testing")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "hypothesis", None)
-    with pytest.raises(ModuleNotFoundError, match=r"inference-session\[testing\]"):
-        importlib.import_module("inference_session.testing")
-
-
 def test_import_is_light() -> None:
     """To import the package doesn't import what is slow, or what an engine alone should decide about."""
     code = "import sys; before = set(sys.modules); import inference_session.engine; print(*set(sys.modules) - before)"

@@ -64,7 +64,7 @@ class OneCacheForAll(TinyEngine):
 
 
 @caught_by("sessions_interleaved")
-class OneCacheForAllCleared(WithoutRelease):
+class OneCacheForAllCleared(TinyEngine):
     """One KV cache, cleared for whoever begins (abetlen/llama-cpp-python#471)."""
 
     def __init__(self) -> None:

@@ -7,6 +7,7 @@ from random import Random
 from threading import Lock
 from typing import Any, Final
 from uuid import UUID
+from weakref import WeakKeyDictionary
 
 from attrs import define, field
 
@@ -238,6 +239,20 @@ class Handles(TinyEngine):
         return forward(self.caches[state.kv_cache], tokens)
 
 
+class Marked(TinyEngine):
+    """Its caches know whose they are, and a step makes sure of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owners: WeakKeyDictionary[Cache, UUID] = WeakKeyDictionary()
+
+    def forward(self, session: Session, state: BorrowedState[Any], tokens: Sequence[int]) -> int:
+        """Run the model, on the session's own cache."""
+        if self.owners.setdefault(state.kv_cache, session.id) != session.id:
+            raise RuntimeError("another session's cache")
+        return super().forward(session, state, tokens)
+
+
 class Batched(TinyEngine):
     """It decodes as a batch of one."""
 
@@ -294,6 +309,7 @@ RIGHT: Final[Sequence[Callable[[], TinyEngine]]] = (
     FunctionalWithoutTruncate,
     Tuples,
     Handles,
+    Marked,
     Batched,
     Locked,
     Sampling,

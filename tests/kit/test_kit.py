@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock, RLock, Thread
 from typing import Any, cast
@@ -36,14 +37,15 @@ from inference_session._batch import BorrowedBatch
 from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 from inference_session.testing import check_engine, parametrize_with_checks
-from inference_session.testing._checks import CHECKS
+from inference_session.testing._checks import ANY, CHECKS
 from inference_session.testing._choices import Choices
+from inference_session.testing._faults import Fault, fail_step
 from inference_session.testing._hooks import hooked
 from inference_session.testing._kit import Kit
 from inference_session.testing._race import Pause, race
 from inference_session.testing._reference import Reference
 from inference_session.testing._report import BrokenError, ConclusiveError
-from inference_session.testing._run import DECODE, Run
+from inference_session.testing._run import DECODE, MOST_TOKENS, Run
 from inference_session.testing._watch import Watch
 
 
@@ -282,6 +284,19 @@ def test_swayed_engine() -> None:
     assert "as of a new engine" in text
 
 
+class Doubling(TinyEngine):
+    """An engine that decodes twice instead of once, from the second time on."""
+
+    served = 0
+
+    def decode(self, session: Session, /) -> DecodeResult:
+        """Decode, and again."""
+        self.served += 1
+        if self.served == 2:
+            super().decode(session)
+        return super().decode(session)
+
+
 class Refusing(TinyEngine):
     """An engine that is always busy, after a first decode."""
 
@@ -329,6 +344,7 @@ class Stuck(TinyEngine):
         (lambda: Stuck(Lock(), 2), 99, "one hangs"),
         (lambda: Stuck(Lock(), 2), 8, "the second step waits for the first"),
         (lambda: Odd(crash, 2), 99, "ZeroDivisionError"),
+        (Doubling, 99, "one after the other"),
         (Refusing, 99, "SessionBusyError in both"),
         (Forking, 3, "both steps succeeded"),
     ],
@@ -340,14 +356,68 @@ def test_races(engine: Callable[[], TinyEngine], skip: int, got: str) -> None:
     assert got in str(caught.value)
 
 
-def race_to_decode(engine: Callable[[], TinyEngine], skip: int) -> None:
-    """Decode a session twice at once; the first step stops at one of its events."""
+def test_engine_without_borrows() -> None:
+    """An engine that never borrows leaves nothing behind, but that is no merit."""
+
+    class Aloof(TinyEngine):
+        def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
+            return PrefillResult(len(tokens))
+
+        def decode(self, session: Session, /) -> DecodeResult:
+            return DecodeResult(7)
+
+    assert "too weak to check" in message(Aloof, "closed_sessions_leave_nothing")
+    assert "Got:       []" in message(Aloof, "tokens_reach_the_session")
+
+
+def test_second_failure_hangs() -> None:
+    """Once a step has failed, none is waited for in vain, not even one that is to fail, too."""
+    with (
+        pytest.raises(ConclusiveError, match="still waits"),
+        a_run(lambda: Stuck(Lock(), 1)) as run,
+    ):
+        talk = run.open()
+        run.prefill(talk, [1, 2, 3])
+        run.decode(talk)
+        run.failed = True
+        fail_step(run, talk, DECODE, Fault(lambda event: str(event) == "never", 0, MemoryError()))
+
+
+def test_sessions_that_are_full() -> None:
+    """Whatever is chosen to be done, no session gets more tokens than the kit promises."""
+    with a_run(TinyEngine) as run:
+        talk = run.open()
+        run.prefill(talk, [1] * MOST_TOKENS)
+        for what in ANY:
+            what(run, talk, [1, 2, 3], 15)
+            assert len(talk.history) <= MOST_TOKENS
+            run.reuse_prefix(talk, [1] * MOST_TOKENS)
+
+
+@contextmanager
+def a_run(engine: Callable[[], TinyEngine]) -> Generator[Run]:
+    """Give a run, as checks get it, but without anything to choose."""
     watch, choices = Watch(), Choices(cast("Any", None), VOCAB_SIZE)
     with hooked(watch), Run(engine, watch, Reference(TinyEngine), choices) as run:
+        yield run
+
+
+def race_to_decode(engine: Callable[[], TinyEngine], skip: int) -> None:
+    """Decode a session twice at once; the first step stops at one of its events."""
+    with a_run(engine) as run:
         talk = run.open()
         run.prefill(talk, [1, 2, 3])
         run.decode(talk)
         race(run, talk, DECODE, DECODE, Pause(lambda event: True, skip, talk))
+
+
+def test_testing_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra, the error says how to install it."""
+    for name in [it for it in sys.modules if it.startswith("inference_session.testing")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    with pytest.raises(ModuleNotFoundError, match=r"inference-session\[testing\]"):
+        importlib.import_module("inference_session.testing")
 
 
 # What it can be told
@@ -522,8 +592,8 @@ def test_no_more_than_promised() -> None:
             most["tokens"] = max(most["tokens"], len(state.token_history) + 1)
             return super().sample(session, state, out)
 
-    for seed in range(3):
-        check_engine(Counting, vocab_size=VOCAB_SIZE, seed=seed)
+    for seed in range(2):
+        check_engine(Counting, vocab_size=VOCAB_SIZE, max_examples=8, seed=seed)
     assert 3 <= most["sessions"] <= 8
     assert 20 <= most["tokens"] <= 64
 

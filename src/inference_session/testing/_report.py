@@ -9,7 +9,7 @@ from attrs import frozen
 class BrokenError(Exception):
     """A promise that an engine broke. Only the kit sees it; a test gets an `AssertionError` that says the same."""
 
-    def __init__(self, expected: str, got: str, calls: Sequence[str] = ()) -> None:
+    def __init__(self, expected: str, got: str, calls: Sequence[str]) -> None:
         super().__init__(expected, got)
         self.expected = expected
         self.got = got
@@ -45,10 +45,9 @@ class Report:
             f"Promise:   {self.promise}",
             f"Expected:  {self.broken.expected}",
             f"Got:       {self.broken.got}",
+            "Shortest sequence of calls found that shows it:",
+            indent("\n".join(self.broken.calls), "    "),
         ]
-        if self.broken.calls:
-            parts.append("Shortest sequence of calls found that shows it:")
-            parts.append(indent("\n".join(self.broken.calls), "    "))
         if self.remark:
             parts.append(self.remark)
         parts.append("To run it again:")
