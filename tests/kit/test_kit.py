@@ -372,15 +372,17 @@ def test_engine_without_borrows() -> None:
 
 def test_second_failure_hangs() -> None:
     """Once a step has failed, none is waited for in vain, not even one that is to fail, too."""
-    with (
-        pytest.raises(ConclusiveError, match="still waits"),
-        a_run(lambda: Stuck(Lock(), 1)) as run,
-    ):
-        talk = run.open()
-        run.prefill(talk, [1, 2, 3])
-        run.decode(talk)
-        run.failed = True
-        fail_step(run, talk, DECODE, Fault(lambda event: str(event) == "never", 0, MemoryError()))
+
+    def fail_stuck() -> None:
+        with a_run(lambda: Stuck(Lock(), 1)) as run:
+            talk = run.open()
+            run.prefill(talk, [1, 2, 3])
+            run.decode(talk)
+            run.failed = True
+            fail_step(run, talk, DECODE, Fault(lambda event: False, 0, MemoryError()))
+
+    with pytest.raises(ConclusiveError, match="still waits"):
+        fail_stuck()
 
 
 def test_sessions_that_are_full() -> None:
