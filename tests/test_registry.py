@@ -8,15 +8,15 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, cast
 from uuid import UUID, uuid4
 
 import cloudpickle  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
 import pytest
 
-from inference_session import Session, SessionRegistry, _registry
-from inference_session._lease import Lease, leases
+from inference_session import Session, SessionRegistry, _registry, _session
+from inference_session._lease import Lease, leases, replace_dead
 from inference_session._session import Keeper
 from inference_session.engine import StateSlots
 from inference_session.exceptions import (
@@ -500,6 +500,22 @@ def test_changed_hands_at_the_last_moment(
             registry.open()
         assert holds == []
         assert [first.closed, second.closed] == [not borrowed, borrowed]
+
+
+def test_taken_over_at_the_last_moment(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session whose unfinished borrow another thread takes over just now is borrowed, so another one has to go."""
+    with SessionRegistry(max_sessions=2) as registry, ExitStack() as other_thread:
+        first, second = registry.open(), registry.open()
+        engine.slots.borrow(first).__enter__()  # and never ended
+
+        def too_late(session_key: int, dead: Lease, lease: Lease) -> bool:
+            monkeypatch.setattr(_session, "replace_dead", replace_dead)
+            other_thread.enter_context(engine.slots.borrow(first))
+            return replace_dead(session_key, dead, lease)
+
+        monkeypatch.setattr(_session, "replace_dead", too_late)
+        registry.open()
+        assert [first.closed, second.closed] == [False, True]
 
 
 def test_replaced_at_the_last_moment(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
