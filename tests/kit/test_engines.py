@@ -34,7 +34,7 @@ def test_broken_engine_is_caught(engine: type[TinyEngine], check: str) -> None:
     assert str(caught.value).startswith(f"{check}: the engine breaks a promise.\n")
 
 
-@pytest.mark.parametrize("engine", [*BROKEN][::5], ids=lambda engine: engine.__name__)
+@pytest.mark.parametrize("engine", BROKEN, ids=lambda engine: engine.__name__)
 def test_broken_engine_fails_as_a_whole(engine: type[TinyEngine]) -> None:
     """Who just calls `check_engine` learns that something is wrong."""
     with pytest.raises(AssertionError, match="the engine breaks a promise"):
