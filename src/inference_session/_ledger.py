@@ -138,8 +138,8 @@ class Ledger(Generic[KV]):
 
     def new_savepoint(self) -> Savepoint:
         """Return a savepoint of the present state, if the KV cache covers what it should."""
-        cache = self.kv_cache
-        length = 0 if cache is NO_CACHE else self.slots.length(cache)
+        cache, length_of = self.kv_cache, self.slots.length
+        length = 0 if cache is NO_CACHE else length_of(cache)
         if (
             length != self.kv_length
         ):  # what check_cache does, without a call, as every step comes here
