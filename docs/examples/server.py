@@ -16,8 +16,8 @@ import sys
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
 from http import HTTPStatus
-from inspect import GEN_RUNNING, getgeneratorstate
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 import uvicorn
@@ -152,6 +152,8 @@ class Answer:
         self._prompt_length = self._fed = 0
         self._session: Session | None = None
         self._steps = self._run()
+        self._running = Lock()
+        self._closed = False
 
     async def begin(self) -> protocol.Reply:
         """Go as far as the first token: errors up to there can still be an HTTP status."""
@@ -163,16 +165,28 @@ class Answer:
     async def step(self) -> bool:
         """Take a step, in a thread; return whether there was one left.
 
-        If the client leaves, it waits for the thread. If the server ends, it can't: then nobody else
-        has the generator, so it is dropped after this step, which ends the borrow as well.
+        If the client leaves, it waits for the thread. If the server ends, it can't: then the thread
+        ends the answer after this step.
         """
-        step = await to_thread.run_sync(next, self._steps, None, limiter=self._server.limiter)
+        step = await to_thread.run_sync(self._next, limiter=self._server.limiter)
         return step is not None
 
     def close(self) -> None:
-        """Give the session back at once; its history has the tokens so far."""
-        if getgeneratorstate(self._steps) != GEN_RUNNING:  # Else its thread ends it: see `step`.
-            self._steps.close()
+        """Give the session back, at once or after the step under way; its history has the tokens so far."""
+        self._closed = True
+        if self._running.acquire(blocking=False):  # Else its thread comes here when it's done.
+            try:
+                self._steps.close()
+            finally:
+                self._running.release()
+
+    def _next(self) -> Step | None:
+        try:
+            with self._running:
+                return next(self._steps, None)
+        finally:
+            if self._closed:
+                self.close()
 
     @property
     def usage(self) -> protocol.Usage:
