@@ -19,7 +19,7 @@ from inference_session.engine import StateSlots
 ENGINES = ("NumPy", "transformers")
 LENGTHS = (16, 64, 256, 1024, 2048)
 QUICK_LENGTHS = (16, 512)
-ROUNDS = 5
+ROUNDS = 10
 
 
 def measure(*, quick: bool) -> list[Record]:
@@ -33,39 +33,52 @@ def measure_engine(name: str, lengths: tuple[int, ...]) -> list[Record]:
     subject = SUBJECTS[name, "random"]()
     records: list[Record] = []
     for length in lengths:
-        for truncate in (True, False):
-            step, recovery = recover(subject, length, truncate=truncate)
-            records.append(
-                {
-                    "engine": name,
-                    "tokens": length,
-                    "truncate": truncate,
-                    "step_seconds": step,
-                    "recovery_seconds": recovery,
-                }
-            )
+        step, recoveries = recover(subject, length)
+        records += [
+            {
+                "engine": name,
+                "tokens": length,
+                "truncate": truncate,
+                "step_seconds": step,
+                "recovery_seconds": recovery,
+            }
+            for truncate, recovery in recoveries.items()
+        ]
     return records
 
 
-def recover(subject: Subject, length: int, *, truncate: bool) -> tuple[float, float]:
-    """Return the seconds of a step, and of a recovery, at a history of that many tokens or a few more."""
+def recover(subject: Subject, length: int) -> tuple[float, dict[bool, float]]:
+    """Return the seconds of a step, and of a recovery with `truncate` and without, at a history of that length.
+
+    They take turns, so that other load meets all, and the history grows by a few tokens meanwhile.
+    """
     engine: Any = subject.engine
-    slots = subject.slots if truncate else without_truncate(subject.slots)
+    slots = {True: subject.slots, False: without_truncate(subject.slots)}
     steps: list[float] = []
-    recoveries: list[float] = []
-    with patch.object(engine, "slots", slots), Session() as undisturbed, Session() as session:
-        for each in (undisturbed, session):
-            engine.prefill(each, prompt(length))
-            engine.decode(each)
+    recoveries: dict[bool, list[float]] = {truncate: [] for truncate in slots}
+    with Session() as undisturbed, Session() as truncated, Session() as computed_anew:
+        sessions = {True: truncated, False: computed_anew}
+        begin(subject, undisturbed, length)
+        for truncate, session in sessions.items():
+            with patch.object(engine, "slots", slots[truncate]):
+                begin(subject, session, length)
         for _ in range(ROUNDS):
             start = perf_counter()
             expected = engine.decode(undisturbed).token
             steps.append(perf_counter() - start)
-            failed = fail(subject, session)
-            token = engine.decode(session).token
-            recoveries.append(perf_counter() - failed)
-            assert token == expected
-    return min(steps), min(recoveries)
+            for truncate, session in sessions.items():
+                with patch.object(engine, "slots", slots[truncate]):
+                    failed = fail(subject, session)
+                    token = engine.decode(session).token
+                    recoveries[truncate].append(perf_counter() - failed)
+                assert token == expected
+    return min(steps), {truncate: min(seconds) for truncate, seconds in recoveries.items()}
+
+
+def begin(subject: Subject, session: Session, length: int) -> None:
+    """Fill a session."""
+    subject.engine.prefill(session, prompt(length))
+    subject.engine.decode(session)
 
 
 def fail(subject: Subject, session: Session) -> float:
