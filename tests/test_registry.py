@@ -7,8 +7,8 @@ import gc
 import pickle
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 from uuid import UUID, uuid4
 
@@ -224,6 +224,9 @@ def test_iteration_is_over_a_snapshot() -> None:
         ({"max_sessions": "5"}, TypeError),
         ({"max_kv_bytes": -1}, ValueError),
         ({"max_kv_bytes": 1e9}, TypeError),
+        ({"max_sessions": True}, TypeError),
+        ({"max_kv_bytes": True}, TypeError),
+        ({"idle_timeout": True}, TypeError),
         ({"idle_timeout": 0}, ValueError),
         ({"idle_timeout": -1.0}, ValueError),
         ({"idle_timeout": float("nan")}, ValueError),
@@ -536,6 +539,60 @@ def test_replaced_at_the_last_moment(engine: Engine, monkeypatch: pytest.MonkeyP
         assert SOME_ID not in registry
 
 
+@contextmanager
+def at_the_last_moment(work: Callable[[], object]) -> Generator[None]:
+    """Do something once, when the registry is about to take a session so as to close it."""
+    hold = Session._hold
+
+    def too_late(session: Session, lease: Lease) -> Lease | None:
+        patch.undo()
+        work()
+        return hold(session, lease)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "_hold", too_late)
+        yield
+
+
+def test_looked_up_when_it_has_to_go(engine: Engine) -> None:
+    """A session that is looked up while it is about to be closed isn't the least recently used: another one goes."""
+    with SessionRegistry(max_sessions=2) as registry:
+        first, second = registry.open(), registry.open()
+        engine.step(first)
+        engine.step(second)
+        with at_the_last_moment(lambda: registry[first.id]):
+            registry.open()
+        assert [first.closed, second.closed] == [False, True]
+        engine.step(first)
+    engine.check()
+
+
+def test_looked_up_when_it_was_idle(engine: Engine, clock: Clock) -> None:
+    """A session that is looked up while it is about to be closed isn't idle any more."""
+    with SessionRegistry(idle_timeout=10) as registry:
+        session = registry.open()
+        engine.step(session)
+        clock.now += 11
+        with at_the_last_moment(lambda: registry[session.id]):
+            assert registry.close_idle() == 0
+        assert not session.closed
+        engine.step(session)
+    engine.check()
+
+
+def test_idle_ones_are_counted_once(engine: Engine, clock: Clock) -> None:
+    """Of two threads that close idle sessions at once, one counts each."""
+    with SessionRegistry(idle_timeout=10) as registry:
+        for _ in range(2):
+            engine.step(registry.open())
+        clock.now += 11
+        counts: list[int] = []
+        with at_the_last_moment(lambda: counts.append(registry.close_idle())):
+            counts.append(registry.close_idle())
+        assert sum(counts) == 2
+    engine.check()
+
+
 def test_closed_by_two_at_once() -> None:
     """A session that two threads close leaves the registry once."""
     with SessionRegistry(max_sessions=2) as registry:
@@ -545,6 +602,16 @@ def test_closed_by_two_at_once() -> None:
         session.close()
         registration.close(session)  # by who was about to close it, too
         assert registry._room == 2
+
+
+def test_closed_before_it_had_to_go(engine: Engine) -> None:
+    """A session that its client closes just before the registry would have is not the registry's to count."""
+    with SessionRegistry(max_sessions=1) as registry:
+        session = registry.open()
+        with engine.slots.borrow(session):
+            session.close()
+            assert not registry._remove(session, leases[id(session)], session._registration)
+        assert registry._room == 1
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -206,7 +206,7 @@ class SessionRegistry:
                 if present and borrowed.issuperset(present):
                     raise RegistryFullError(cast("int", self._max_sessions))
             first = self._first()
-            if first is not None and not self._close_unborrowed(first, _say):
+            if first is not None and self._close_unused(first, first._registration, _say) is None:
                 borrowed.add(first)
                 self.get(first.id)  # it's being used
         return session
@@ -332,17 +332,28 @@ class SessionRegistry:
             raise SessionExistsError(session.id)
         return False
 
-    def _remove(self, session: Session, lease: Lease | None = None) -> None:
-        """Remove a session and have it closed: if it is there, and if it still has the lease, if one is given."""
+    def _remove(
+        self, session: Session, lease: Lease | None = None, used: Registration | None = None
+    ) -> bool:
+        """Remove a session and have it closed, and return whether it was there.
+
+        If a lease is given, that is done only while the session has it, and has not been used since.
+        """
         key, lease_key = session._id.int, id(session)
         sessions, kv_bytes = self._sessions, self._kv_bytes
         with _lock:
-            try:
-                if lease is not None and leases[lease_key] is not lease:
-                    return
-            except KeyError:
-                return
-            if key in sessions and sessions[key] is session:
+            if lease is not None:
+                try:
+                    if leases[lease_key] is not lease or session._registration is not used:
+                        return False
+                except KeyError:
+                    return False
+                for first in sessions:  # where every use would have moved it away
+                    if first != key:
+                        return False
+                    break
+            found = key in sessions and sessions[key] is session
+            if found:
                 del sessions[key]
                 self._room += 1
                 if key in kv_bytes:
@@ -350,6 +361,7 @@ class SessionRegistry:
                     del kv_bytes[key]
             session._closed = True
             session._registration = None
+            return found
 
     def _measure(self, ledger: RegisteredLedger[Any]) -> int:
         return 0 if self._kv_limit == math.inf else ledger.nbytes()
@@ -421,29 +433,31 @@ class SessionRegistry:
 
     def _close_idle(self, say: Callable[[Exception], None]) -> int:
         closed = 0
-        while (first := self._first()) is not None and self._is_idle(first):
-            if self._close_unborrowed(first, say):
+        while (first := self._first()) is not None and self._is_idle(used := first._registration):
+            done = self._close_unused(first, used, say)
+            if done:
                 closed += 1
-            else:
+            elif done is None:
                 self.get(first.id)  # it's being used
         return closed
 
-    def _is_idle(self, session: Session) -> bool:
-        used = session._registration
+    def _is_idle(self, used: Registration | None) -> bool:
         return (
             self._idle_timeout is not None
             and used is not None
             and monotonic() - used.until > self._idle_timeout
         )
 
-    def _close_unborrowed(self, session: Session, say: Callable[[Exception], None]) -> bool:
-        """Close a session, unless it's borrowed, and return whether it isn't."""
+    def _close_unused(
+        self, session: Session, used: Registration | None, say: Callable[[Exception], None]
+    ) -> bool | None:
+        """Close the first session, unless it was used since; return whether that was done, or None if it's borrowed."""
         keeper: Keeper | None = Keeper()
         try:
             lease = session._hold(ref(keeper))
             if lease is None:
-                return False
-            self._remove(session, lease)
+                return None
+            removed = self._remove(session, lease, used)
         finally:
             keeper = None  # a traceback must not keep the lease alive
         if session._closed:
@@ -451,7 +465,7 @@ class SessionRegistry:
                 session._free()
             except Exception as error:  # noqa: BLE001 it's said
                 say(error)
-        return True
+        return removed
 
     def _evict_over_budget(self) -> None:
         borrowed: set[Session] = set()
@@ -486,7 +500,7 @@ class SessionRegistry:
 def _check_limit(name: str, limit: int | None, least: int) -> None:
     if limit is None:
         return
-    if not isinstance(limit, int):
+    if isinstance(limit, bool) or not isinstance(limit, int):
         raise TypeError(f"{name} must be an int, got {type(limit).__name__!r}")
     if limit < least:
         raise ValueError(f"{name} must be at least {least}, got {limit}")
@@ -495,7 +509,7 @@ def _check_limit(name: str, limit: int | None, least: int) -> None:
 def _check_timeout(seconds: float | None) -> None:
     if seconds is None:
         return
-    if not isinstance(seconds, (int, float)):
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise TypeError(f"idle_timeout must be seconds, got {type(seconds).__name__!r}")
     if not seconds > 0:
         raise ValueError(f"idle_timeout must be more than 0 seconds, got {seconds}")

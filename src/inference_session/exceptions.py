@@ -175,4 +175,4 @@ class RegistryFullError(SessionError):
     """How many sessions the registry may have."""
 
     def __str__(self) -> str:
-        return f"all of {self.max_sessions} sessions are borrowed; try again when a step has ended"
+        return f"all sessions are borrowed (max_sessions={self.max_sessions}); try again when a step has ended"
