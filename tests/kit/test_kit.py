@@ -142,7 +142,10 @@ def test_what_never_happens_is_skipped(
     """A check of something that an engine doesn't do is no success, but skipped."""
     with pytest.raises(SkipTest, match=reason):
         Kit(engine, VOCAB_SIZE, 20, 0).run(CHECKS[check])
-    check_engine(engine, vocab_size=VOCAB_SIZE, only=[check])
+    with pytest.raises(SkipTest, match=reason):
+        check_engine(engine, vocab_size=VOCAB_SIZE, only=[check])
+    for only in [check, "rewind"], ["rewind", check]:
+        check_engine(engine, vocab_size=VOCAB_SIZE, only=only)
 
 
 class Odd(TinyEngine):
@@ -466,13 +469,14 @@ def test_engine_must_be_new() -> None:
 
 
 def test_skip() -> None:
-    """What is skipped isn't run."""
-    check_engine(
-        DecodeReturnsTheLast,
-        vocab_size=VOCAB_SIZE,
-        only=["tokens_reach_the_session", "closed_session_is_refused"],
-        skip={"tokens_reach_the_session": "known", "closed_session_is_refused": "known"},
-    )
+    """What is skipped isn't run; where that is all, it is no success."""
+    with pytest.raises(SkipTest, match="all checks are skipped"):
+        check_engine(
+            DecodeReturnsTheLast,
+            vocab_size=VOCAB_SIZE,
+            only=["tokens_reach_the_session", "closed_session_is_refused"],
+            skip={"tokens_reach_the_session": "known", "closed_session_is_refused": "known"},
+        )
 
 
 def test_checks_become_tests() -> None:

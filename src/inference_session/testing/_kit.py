@@ -62,19 +62,23 @@ def check_engine(
         TypeError, ValueError: if an argument makes no sense; no check was run then.
         AssertionError: if a promise is broken, or if the engine is too weak to show that none is. It tells which,
             what was expected, the shortest sequence of calls found that shows it, and how to run it again.
+        unittest.SkipTest: if nothing was checked: `skip` names all, or the engine does nothing of what is left.
     """
     kit = new_kit(make_engine, vocab_size, max_examples, seed)
     too_weak: TooWeakError | None = None
+    nothing: SkipTest | None = SkipTest("all checks are skipped")
     for check in selected(only, skip):
         if check.name not in (skip or {}):
             try:
                 kit.run(check)
-            except SkipTest:
-                pass
+                nothing = None
+            except SkipTest as reason:
+                nothing = nothing and reason
             except TooWeakError as error:  # it may be seen to be broken all the same
                 too_weak = too_weak or error
-    if too_weak is not None:
-        raise too_weak
+    unproven = too_weak or nothing
+    if unproven is not None:
+        raise unproven
 
 
 def parametrize_with_checks(
