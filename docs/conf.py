@@ -32,7 +32,7 @@ autodoc_default_options = {"members": True}
 
 # A build must not need the network, so there is nothing to link the standard library to.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(builtins|collections|contextlib|types|typing|uuid)\..*"),
+    (r"py:.*", r"(builtins|collections|contextlib|types|typing|unittest|uuid)\..*"),
     (r"py:class", r"_pytest\..*"),
     (r"py:class", r"int|str|object|bool|None|UUID|Exception|(.*\.)?KV"),
     (r"py:(class|exc)", r"(Memory|Runtime|Type|Value)Error"),
