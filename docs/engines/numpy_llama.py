@@ -38,8 +38,9 @@ def sampling(*, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> 
 
     def sample(logits: Floats, position: int) -> int:
         likeliest = np.argsort(-logits)
-        scaled = logits[likeliest].astype(np.float64) / temperature
-        mass = np.cumsum(np.exp(scaled - scaled[0]))
+        scaled = logits[likeliest].astype(np.float64)
+        with np.errstate(over="ignore"):  # By a tiny temperature, to minus infinity: never drawn.
+            mass = np.cumsum(np.exp((scaled - scaled[0]) / temperature))
         nucleus = mass[: np.searchsorted(mass, top_p * mass[-1]) + 1]
         draw = np.random.default_rng((seed, position)).random() * nucleus[-1]
         return int(likeliest[np.searchsorted(nucleus, draw, side="right")])

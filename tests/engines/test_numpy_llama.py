@@ -501,6 +501,7 @@ def test_sampling_draws_from_the_distribution() -> None:
     squares = np.array([0.1, 0.5, 0.15, 0.25]) ** 2
     assert frequencies(0.5, 1.0) == pytest.approx(squares / squares.sum(), abs=0.03)
     assert frequencies(1.0, 0.4) == [0, 1, 0, 0]
+    assert frequencies(5e-324, 1.0) == [0, 1, 0, 0]  # As small as a float can be.
     assert greedy(logits, 0) == 1
 
 
