@@ -39,7 +39,7 @@ T = TypeVar("T")
 Actor: TypeAlias = "ActorProxy[EngineActor]"
 
 ATTEMPTS = 3
-"""How many actors may fail a step, one after the other, before the step fails."""
+"""How many actors may fail a step or a start, one after the other, before it fails."""
 
 
 class EngineActor:
@@ -221,6 +221,8 @@ class Cluster:
         """Return the actor of a conversation; if it has none, it gets the one with the fewest."""
         while conversation.actor is None:
             while not self._actors:  # They all died.
+                if not self._starting:  # So did the last one that was to replace one.
+                    self._start_actor()
                 done, _ = await asyncio.wait(self._starting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
@@ -245,10 +247,19 @@ class Cluster:
         self._starting.add(asyncio.create_task(self._start()))
 
     async def _start(self) -> None:
-        actor = self._new_actor()
-        await actor.pid.remote()  # It has loaded its model: no conversation waits for that.
-        self._actors.append(actor)
-        self._starting = {task for task in self._starting if task is not asyncio.current_task()}
+        try:
+            for attempts_left in reversed(range(ATTEMPTS)):
+                actor = self._new_actor()
+                try:
+                    await actor.pid.remote()  # It has loaded its model: nobody waits for that.
+                except RayActorError:
+                    if not attempts_left:
+                        raise
+                else:
+                    self._actors.append(actor)
+                    return
+        finally:
+            self._starting = {task for task in self._starting if task is not asyncio.current_task()}
 
 
 def kill(actor: Actor) -> None:

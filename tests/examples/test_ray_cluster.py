@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -79,15 +80,27 @@ class SlowLlama(Llama):
 
 @dataclass(frozen=True, kw_only=True)
 class DeadlyLlama(Llama):
-    """Takes its process with it when a KV cache is `length` tokens long."""
+    """Takes its process with it at some of the passes that find a KV cache `length` tokens long."""
 
     length: int
+    folder: Path
+    deadly: range
 
     def forward(self, batch: Batch) -> Floats:
         """Do the work, or die."""
         if any(cache.length == self.length for cache, _ in batch):
-            os.kill(os.getpid(), signal.SIGKILL)
+            die(self.folder, self.deadly)
         return super().forward(batch)
+
+
+def die(folder: Path, deadly: range) -> None:
+    """Kill this process, if the number of calls with this folder, by whatever process, is a deadly one."""
+    for calls in itertools.count():
+        with suppress(FileExistsError):
+            (folder / str(calls)).touch(exist_ok=False)
+            if calls in deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return
 
 
 def parts_of(model: Llama) -> dict[str, Any]:
@@ -248,7 +261,11 @@ def test_step_that_kills(tmp_path: Path) -> None:
     """A step that every actor dies of fails in the end, and spares the cluster's other conversations."""
 
     def engine_that_dies() -> LlamaEngine:
-        return LlamaEngine(DeadlyLlama(**parts_of(random_model(1)), length=len(PROMPT) + 2))
+        model = random_model(1)
+        length = len(PROMPT) + 2
+        return LlamaEngine(
+            DeadlyLlama(**parts_of(model), length=length, folder=tmp_path, deadly=range(100))
+        )
 
     async def test() -> None:
         async with cluster_of(1, engine_that_dies) as cluster:
@@ -259,6 +276,58 @@ def test_step_that_kills(tmp_path: Path) -> None:
             assert cluster.tokens(deadly) == PROMPT
             await cluster.decode(other, 3)
             assert cluster.tokens(other)[23:] == undisturbed(OTHER, 4)
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("actors", "length", "deadly"), [(2, 16, range(2)), (1, 42, range(2)), (2, 32, range(1, 2))]
+)
+def test_deaths_in_prefill_decode_and_replay(
+    tmp_path: Path, actors: int, length: int, deadly: range
+) -> None:
+    """An actor dies in mid-step, the next one in the replay; another one gets through, exactly."""
+
+    def engine_that_dies() -> LlamaEngine:
+        model = random_model(1)
+        return LlamaEngine(
+            DeadlyLlama(**parts_of(model), length=length, folder=tmp_path, deadly=deadly),
+            chunk=16,
+        )
+
+    async def test() -> None:
+        async with cluster_of(actors, engine_that_dies) as cluster:
+            other = await cluster.open(OTHER[:5], seed=2)
+            session_id = await cluster.open(PROMPT)
+            if deadly.start:  # It got through, and now it dies between two steps.
+                await kill_process(await cluster.actor(session_id))
+            assert await cluster.decode(session_id, 6) == undisturbed(PROMPT, 6)
+            assert (tmp_path / str(deadly.stop)).exists()  # As many have died there as should.
+            await all_ready(cluster)
+            assert len(cluster._actors) == actors
+            assert session_id in await held(await cluster.actor(session_id))
+            assert await cluster.decode(other, 6) == undisturbed(OTHER[:5], 6, seed=2)
+
+    run(test())
+
+
+def test_actors_die_while_they_start(tmp_path: Path) -> None:
+    """A start is tried again; one that fails for good fails the steps that wait for it, but not later ones."""
+
+    def engine_that_dies() -> LlamaEngine:
+        die(tmp_path, range(1, 3 + ATTEMPTS))
+        return engine()
+
+    async def test() -> None:
+        async with cluster_of(1, engine_that_dies) as cluster:
+            ids = [await cluster.open(PROMPT) for _ in range(2)]
+            await kill_process(await cluster.actor(ids[0]))
+            steps = [cluster.decode(session_id, 3) for session_id in ids]
+            for failed in await asyncio.gather(*steps, return_exceptions=True):
+                assert isinstance(failed, ActorDiedError)
+            for session_id in ids:
+                assert await cluster.decode(session_id, 3) == undisturbed(PROMPT, 3)
+            assert len(cluster._actors) == 1
 
     run(test())
 
