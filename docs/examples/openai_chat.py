@@ -9,19 +9,30 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self, cast
 from uuid import UUID, uuid4
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 END_OF_STREAM = "data: [DONE]\n\n"
+MAX_CHARACTERS = 1_000_000
+"""Of a conversation: no model here has room for more, and to find that out takes long."""
 
 
 class Strict(BaseModel):
     """What a client sends. What the server would not heed is refused, not ignored."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: object) -> object:
+        """Take null for nothing, as many clients send all there is."""
+        if not isinstance(data, dict):
+            return data
+        values = cast("dict[str, object]", data)
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_text(text: str) -> str:
@@ -69,7 +80,7 @@ class ChatRequest(Strict):
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
-    session_id: UUID | None = None
+    session_id: Annotated[UUID, Field(strict=False)] | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     """The old name of `max_completion_tokens`."""
@@ -80,6 +91,19 @@ class ChatRequest(Strict):
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1
     user: str | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.max_completion_tokens is not None and self.max_tokens is not None:
+            msg = "max_tokens is the old name of max_completion_tokens, send one of them"
+            raise ValueError(msg)
+        if self.stream_options is not None and not self.stream:
+            msg = "stream_options are for a stream"
+            raise ValueError(msg)
+        if sum(len(message.text) for message in self.messages) > MAX_CHARACTERS:
+            msg = f"the messages have more than {MAX_CHARACTERS} characters"
+            raise ValueError(msg)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

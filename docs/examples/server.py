@@ -56,6 +56,7 @@ ERRORS: Mapping[type[Exception], tuple[int, str, str]] = {
     RegistryFullError: (503, "server_full", "All sessions are answering; try again soon."),
     MemoryError: (503, "out_of_memory", "There is no memory for this now; try again soon."),
     ValueError: (422, "invalid_tokens", ""),  # The engine says what is wrong with them.
+    Exception: (500, "internal_error", "This server has failed; its log says how."),
 }
 log = logging.getLogger("chat_server")
 
@@ -222,7 +223,8 @@ class Answer:
             outcome = type(error).__name__
             raise
         finally:
-            if id_ is None and session.token_count == 0:  # It never began: nobody knows its id.
+            told = self._tokens if self._request.stream else self.finish_reason
+            if id_ is None and not told:  # Nobody knows its id.
                 session.close()
             log.info(
                 "session %s: fed %d of %d tokens, wrote %d: %s",
@@ -288,8 +290,11 @@ class EventStream(StreamingResponse):
                     yield reply.chunk({"content": answer.text[sent:]})
                     sent = len(answer.text)
                 more = await answer.step()
-        except tuple(ERRORS) as error:
-            yield protocol.event(protocol.error(*explain(error)))
+        except Exception as error:
+            status, code, message = explain(error)
+            yield protocol.event(protocol.error(status, code, message))
+            if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                log.exception("an answer failed")
             return
         yield reply.chunk({}, answer.finish_reason)
         if usage:
@@ -326,7 +331,9 @@ async def refuse(request: Request, error: Exception) -> Response:
         body = protocol.error(error.status_code, code, error.detail)
         return JSONResponse(body, error.status_code, error.headers)
     status, code, message = explain(error)
-    headers = {"Retry-After": "1"} if status in {409, 503} else None
+    headers = {"Retry-After": "1"} if status in {409, 503} else {}
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        headers["Connection"] = "close"  # That's what uvicorn does after it.
     return JSONResponse(protocol.error(status, code, message), status, headers)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -209,6 +210,17 @@ def monitored(measure: Callable[[], int]) -> Generator[list[int], None, None]:
         yield measured
 
 
+@contextmanager
+def held_up() -> Generator[Callable[[], None]]:
+    """Let no step end until the block does, or the function is called: who comes finds it under way."""
+    finish = threading.Event()
+    with monitored(lambda: finish.wait(60)):
+        try:
+            yield finish.set
+        finally:
+            finish.set()
+
+
 @pytest.fixture(scope="module")
 def model() -> Llama:
     """Give a small model with a long context, which doesn't end its turn by itself."""
@@ -401,6 +413,7 @@ def test_sampling(run: Running) -> None:
     assert sampled(seed=5) == sampled(seed=5) != sampled(seed=6)
     assert sampled(seed=-5) == sampled(seed=-5) != sampled(seed=5)
     assert sampled() != sampled()
+    assert sampled(temperature=5e-324) == text_of(run.ask("Hi"))  # As small as a float can be.
     assert sampled(seed=5, top_p=1e-9) == sampled(seed=6, top_p=1e-9) == text_of(run.ask("Hi"))
 
 
@@ -464,9 +477,17 @@ WRONG: list[tuple[Mapping[str, object], str]] = [
     ({"top_p": 0}, "top_p"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "body"),
+    ({"stream_options": {"include_usage": True}}, "body"),
+    ({"messages": talk(*2**18 * ["hush"])}, "body"),
+    ({"temperature": math.nan}, "temperature"),
     ({"n": 2}, "n"),
     ({"session_id": "hush"}, "session_id"),
+    ({"session_id": ""}, "session_id"),
     ({"tools": ["hush"]}, "tools"),
+    ({"stop": "hush"}, "stop"),
+    ({"logprobs": True}, "logprobs"),
 ]
 
 
@@ -476,7 +497,7 @@ def post_raw(run: Running, body: bytes) -> httpx.Response:
     return httpx.post(f"{run.url}/chat/completions", content=body, headers=headers)
 
 
-@pytest.mark.parametrize(("wrong", "param"), WRONG, ids=ascii)
+@pytest.mark.parametrize(("wrong", "param"), WRONG, ids=lambda value: ascii(value)[:60])
 def test_invalid_requests(run: Running, wrong: Mapping[str, object], param: str) -> None:
     """What makes no sense, or would not be heeded, is named, and not said again."""
     body = {"model": MODEL, "messages": talk("hush"), **wrong}
@@ -488,6 +509,21 @@ def test_invalid_requests(run: Running, wrong: Mapping[str, object], param: str)
     assert error["param"].startswith(param)
     assert "hush" not in response.text
     assert len(run.registry) == 0
+
+
+def test_null_is_as_good_as_nothing(run: Running) -> None:
+    """Many clients send all there is, with null for what nobody has set."""
+    nothing = ("n", "stop", "tools", "seed", "top_p", "stream", "stream_options", "session_id")
+    reply = run.ask("Hi", **dict.fromkeys(nothing))
+    assert text_of(reply) == text_of(run.ask("Hi"))
+
+
+def test_spellings_of_an_id(run: Running) -> None:
+    """However an id is spelled, it is that of the same session, which says it in one way."""
+    first = session_id(run.ask("Hi"))
+    for spelling in (str(first).upper(), f"{{{first}}}", first.urn, first.hex):
+        assert session_id(run.ask("Go on", session_id=spelling)) == first
+    assert len(run.registry) == 1
 
 
 def test_not_json(run: Running) -> None:
@@ -540,15 +576,17 @@ def test_unknown(run: Running) -> None:
 def test_closed_and_idle_sessions(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """A session that the registry closed, for others or for being idle, is 404 from then on."""
     monkeypatch.setattr(server, "SECONDS_BETWEEN_SWEEPS", 0.05)
-    with running(model, SessionRegistry(max_sessions=2, idle_timeout=0.5)) as run:
+    with running(model, SessionRegistry(max_sessions=2)) as run:
         ids = [session_id(run.ask("Hi")) for _ in range(3)]
         with pytest.raises(openai.NotFoundError):
             run.ask("Hi", session_id=ids[0])
         assert text_of(run.ask("Go on", session_id=ids[2]))
+    with running(model, SessionRegistry(idle_timeout=0.5)) as run:
+        idle = session_id(run.ask("Hi"))
         wait_until(lambda: len(run.registry) == 0)  # Nobody asks for anything meanwhile.
         assert run.engine.memory.used == 0
         with pytest.raises(openai.NotFoundError):
-            run.ask("Hi", session_id=ids[2])
+            run.ask("Hi", session_id=idle)
 
 
 def test_busy(run: Running) -> None:
@@ -556,7 +594,7 @@ def test_busy(run: Running) -> None:
     expected = text_of(run.ask("Hi", max_completion_tokens=LONG))
     with run.stream("Hi", max_completion_tokens=LONG) as stream:
         chunk = next(stream)
-        with pytest.raises(openai.ConflictError) as caught:
+        with held_up(), pytest.raises(openai.ConflictError) as caught:
             run.ask("Me, too", session_id=session_id(chunk))
         assert code_of(caught.value) == (409, "session_busy")
         assert caught.value.response.headers["retry-after"] == "1"
@@ -568,26 +606,30 @@ def test_busy(run: Running) -> None:
 def test_many_at_once_on_one_session(run: Running) -> None:
     """Of many requests at the same instant, one is answered."""
     first = run.ask("Hi")
+    refused: list[int] = []
 
-    async def attempt(client: AsyncOpenAI) -> int:
+    async def attempt(client: AsyncOpenAI) -> None:
         try:
             await client.chat.completions.create(
                 model=MODEL,
                 messages=talk("Me"),
-                max_completion_tokens=LONG // 2,
                 temperature=0,
+                max_completion_tokens=12,
                 extra_body={"session_id": str(session_id(first))},
             )
-        except openai.ConflictError:
-            return 409
-        return 200
+        except openai.ConflictError as error:
+            refused.append(error.status_code)
+            if len(refused) == 7:
+                finish()
 
-    async def main() -> list[int]:
+    async def main() -> None:
         async with AsyncOpenAI(base_url=run.url, api_key="none", max_retries=0) as client:
-            return await asyncio.gather(*(attempt(client) for _ in range(8)))
+            await asyncio.gather(*(attempt(client) for _ in range(8)))
 
-    assert sorted(asyncio.run(main())) == [200] + 7 * [409]
-    alone = run.ask("Hi", text_of(first), "Me", max_completion_tokens=LONG // 2)
+    with held_up() as finish:
+        asyncio.run(main())
+    assert refused == 7 * [409]
+    alone = run.ask("Hi", text_of(first), "Me")
     again = run.registry[session_id(first)]
     assert run.history(again) == run.history(run.session(alone))
 
@@ -635,6 +677,11 @@ def test_out_of_memory(run: Running) -> None:
     with pytest.raises(openai.InternalServerError) as caught:
         run.ask("Hi")
     assert code_of(caught.value) == (503, "out_of_memory")
+    run.engine.memory.limit = 2 * run.engine.memory.used
+    with pytest.raises(openai.InternalServerError) as caught:
+        run.ask("Hi", max_completion_tokens=100)  # In mid-answer, but nobody has its id.
+    assert code_of(caught.value) == (503, "out_of_memory")
+    assert list(run.registry) == [session.id]
     run.engine.memory.limit = None
     text = "".join(map(chr, history)).rpartition("assistant:")[2]
     by_id, in_full = run.ask("Go on", session_id=session.id), run.ask("Hi", text, "Go on")
@@ -794,7 +841,7 @@ def test_client_leaves_in_mid_prompt(model: Llama, stream: bool) -> None:  # noq
 
 
 def test_client_leaves_an_answer_that_is_not_streamed(run: Running) -> None:
-    """It, too, is broken off."""
+    """It, too, is broken off; a session that was opened for it is closed, as nobody knows its id."""
     session = run.session(run.ask("Hi"))
     count = session.token_count
     body = {"messages": talk("More"), "max_tokens": LONG, "session_id": str(session.id)}
@@ -803,6 +850,12 @@ def test_client_leaves_an_answer_that_is_not_streamed(run: Running) -> None:
     wait_until(lambda: is_idle(session))
     assert session.token_count < LONG / 2
     assert text_of(run.ask("Go on", session_id=session.id))
+    with visit(run, {"messages": talk("Hi"), "max_tokens": LONG}):
+        wait_until(lambda: len(run.registry) == 2)
+        (new,) = (run.registry[each] for each in run.registry if each != session.id)
+        wait_until(lambda: new.token_count > 30)
+    wait_until(lambda: len(run.registry) == 1)
+    assert new.closed
 
 
 def test_async_clients_are_cancelled(run: Running) -> None:
@@ -915,6 +968,22 @@ def test_program(program: subprocess.Popen[str]) -> None:
 def broken(model: Llama, hidden: Floats) -> Floats:
     """Fail as no model should."""
     raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_failure(run: Running, stream: bool) -> None:  # noqa: FBT001
+    """An error that nobody expected is in OpenAI's form, too, and the session goes on."""
+    with run.stream("Hi", max_completion_tokens=LONG) as events:
+        session = run.session(next(events))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Llama, "logits", broken)
+            with pytest.raises(openai.APIError, match="This server has failed") as caught:
+                list(events)
+            assert caught.value.code == "internal_error"
+            with pytest.raises(openai.InternalServerError, match="This server has failed") as late:
+                run.ask("Hi", session_id=session.id, stream=stream)
+    assert code_of(late.value) == (500, "internal_error")
+    assert text_of(run.ask("Go on", session_id=session.id))
 
 
 def test_logs_show_nothing(run: Running, caplog: pytest.LogCaptureFixture) -> None:
