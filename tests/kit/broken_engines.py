@@ -443,6 +443,30 @@ class LogitsKeptAfterRewind(TinyEngine):
         return kept % VOCAB_SIZE
 
 
+@caught_by("failure_after_advance")
+class LogitsKeptAfterFailure(WithoutRelease):
+    """What came out for the last token is kept with the cache, also when the step that fed it is taken back."""
+
+    def create(self) -> Offset:
+        """Return a cache that keeps the last result in its offset."""
+        return Offset(offset=-1)
+
+    def feed_all_but_last(self, session: Session, state: State) -> None:
+        """Feed all, and keep what came out."""
+        if state.pending:
+            state.kv_cache.offset = self.feed(session, state, state.pending)
+
+    def decode_borrowed(self, session: Session, state: State) -> DecodeResult:
+        """Add the token that was kept, and feed it."""
+        if not state.token_history:
+            raise ValueError("nothing to decode from")
+        self.feed_all_but_last(session, state)
+        token = state.kv_cache.offset % VOCAB_SIZE
+        state.append([token])
+        self.feed_all_but_last(session, state)
+        return DecodeResult(token)
+
+
 # Tokens
 
 

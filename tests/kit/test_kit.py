@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from threading import Event, Lock, RLock, Thread
 from typing import Any, cast
@@ -37,7 +38,7 @@ from inference_session._batch import BorrowedBatch
 from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 from inference_session.testing import check_engine, parametrize_with_checks
-from inference_session.testing._checks import ANY, CHECKS
+from inference_session.testing._checks import ANY, CHECKS, between_borrows
 from inference_session.testing._choices import Choices
 from inference_session.testing._faults import Fault, fail_step
 from inference_session.testing._hooks import hooked
@@ -45,7 +46,7 @@ from inference_session.testing._kit import Kit
 from inference_session.testing._race import Pause, race
 from inference_session.testing._reference import Reference
 from inference_session.testing._report import BrokenError, ConclusiveError
-from inference_session.testing._run import DECODE, MOST_TOKENS, Run
+from inference_session.testing._run import DECODE, MOST_TOKENS, Run, prefill
 from inference_session.testing._watch import Watch
 
 
@@ -414,6 +415,36 @@ def race_to_decode(engine: Callable[[], TinyEngine], skip: int) -> None:
         run.prefill(talk, [1, 2, 3])
         run.decode(talk)
         race(run, talk, DECODE, DECODE, Pause(lambda event: True, skip, talk))
+
+
+def test_a_race_whose_order_the_tokens_do_not_tell() -> None:
+    """Where the prompt is just the token that was decoded, the order is that in which the results are right."""
+    with a_run(TinyEngine) as run:
+        talk = run.open()
+        found = (
+            (first, second)
+            for first, second in product(range(VOCAB_SIZE), repeat=2)
+            if second == run.reference.next_token(talk.id, [first, second])
+            and second != run.reference.next_token(talk.id, [first])
+        )
+        first, second = next(found)
+        run.prefill(talk, [first])
+        race(run, talk, DECODE, prefill([second]), Pause(between_borrows, 0, talk))
+        assert talk.history == [first, second, second]
+
+
+def test_a_race_whose_results_are_right_in_no_order() -> None:
+    """The tokens can be those of the steps, and the steps wrong."""
+
+    class Shifted(TinyEngine):
+        def sample(self, session: Session, state: BorrowedState[Any], out: int) -> int:
+            return (out + 1) % VOCAB_SIZE
+
+    with a_run(Shifted) as run:
+        talk = run.open()
+        run.prefill(talk, [1, 2, 3])
+        with pytest.raises(BrokenError, match="as of a fresh session"):
+            race(run, talk, DECODE, DECODE, Pause(between_borrows, 0, talk))
 
 
 def test_testing_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,8 +213,8 @@ def failure_before_advance(run: Run) -> None:
 
 @check
 def failure_after_advance(run: Run) -> None:
-    """A step that fails after `advance` leaves no trace, and the next one is right."""
-    fail_steps(run, ["after advance"])
+    """A step that fails after `advance`, or at its end, leaves no trace, and the next one is right."""
+    fail_steps(run, ["after advance", "after last line"])
 
 
 @about("no step of this engine feeds its tokens in more than one piece; let it use smaller chunks")

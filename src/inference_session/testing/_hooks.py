@@ -146,10 +146,15 @@ def _end(
     original: Callable[..., None] = vars(owner)["_end"]
 
     def end(block: Any, *exc_info: Any) -> None:
-        if any(map(listener.knows, sessions(block))):
-            listener.in_borrow("end of borrow", partial(original, block, *exc_info))
-        else:
+        if not any(map(listener.knows, sessions(block))):
             original(block, *exc_info)
+            return
+        try:
+            listener.in_borrow("last line", lambda: None)
+        except BaseException as error:  # what the block would have raised there
+            original(block, type(error), error, error.__traceback__)
+            raise
+        listener.in_borrow("end of borrow", partial(original, block, *exc_info))
 
     return end
 
