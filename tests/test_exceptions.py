@@ -106,7 +106,7 @@ def test_full() -> None:
     """A server learns how many sessions there may be."""
     error = RegistryFullError(7)
     assert error.max_sessions == 7
-    assert "all of 7 sessions" in str(error)
+    assert "max_sessions=7" in str(error)
 
 
 PICKLERS: list[Callable[[SessionError], SessionError]] = [
