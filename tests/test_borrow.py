@@ -4,6 +4,7 @@
 
 import gc
 import pickle
+import weakref
 from asyncio import CancelledError
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -76,6 +77,70 @@ def test_only_sessions_can_be_borrowed(slots: StateSlots[Cache], wrong: object) 
     """Something else is a clear error."""
     with pytest.raises(TypeError, match=type(wrong).__name__), slots.borrow(cast("Session", wrong)):
         pytest.fail("borrowed what's no session")
+
+
+class Proxy:
+    """Passes on whatever is asked of it, its class too, as the proxies of wrapt and Werkzeug do."""
+
+    wrapped: Any
+
+    def __init__(self, wrapped: object) -> None:
+        object.__setattr__(self, "wrapped", wrapped)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.wrapped.__class__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self.wrapped, name, value)
+
+
+@pytest.fixture(params=[weakref.proxy, Proxy])
+def proxy(request: pytest.FixtureRequest, session: Session) -> Session:
+    """Give something that passes for the session."""
+    proxy = cast("Session", request.param(session))
+    assert isinstance(proxy, Session)
+    assert proxy.id == session.id
+    return proxy
+
+
+@pytest.mark.parametrize("borrowed", [False, True], ids=["idle", "borrowed"])
+def test_a_proxy_is_no_session(
+    memory: Memory, session: Session, proxy: Session, *, borrowed: bool
+) -> None:
+    """Refuse whatever passes for a session, name its type, and change nothing, whether it's borrowed or not."""
+    slots = memory.slots()
+    prepare(slots, memory, session, 1, 2)
+    idle = Session()
+    with ExitStack() as stack:
+        state = stack.enter_context(slots.borrow(session)) if borrowed else None
+        if state is not None:
+            memory.step(state, 3)
+        names = [name for name in Session.__slots__ if not name.startswith("__")]
+        before = [getattr(session, name) for name in names]
+        for borrow in (
+            slots.borrow(proxy),
+            slots.borrow_all([proxy]),
+            slots.borrow_all([idle, proxy]),
+            slots.borrow_all([session, proxy])
+            if state is None
+            else slots.borrow_all([proxy, session]),
+        ):
+            with pytest.raises(TypeError, match=type(proxy).__name__), borrow:
+                pytest.fail("borrowed what's no session")
+        with pytest.raises(TypeError, match=type(proxy).__name__):
+            slots.evict(proxy)
+        assert not idle.borrowed
+        assert session.borrowed == borrowed
+        assert [getattr(session, name) for name in names] == before
+        if state is not None:
+            assert (state.token_history, state.kv_length) == ([1, 2, 3], 3)
+            memory.step(state, 4)
+    assert look(slots, idle) == ([], 0)
+    assert look(slots, session) == (([1, 2, 3, 4], 4) if borrowed else ([1, 2], 2))
 
 
 def test_results() -> None:
@@ -1236,17 +1301,18 @@ def test_by_hand_without_the_exception(
     assert look(slots, session) == ([], 0)
 
 
-def test_by_hand_when_the_borrow_is_lost(
+def test_by_hand_when_only_the_end_is_kept(
     session: Session, slots: StateSlots[Cache], memory: Memory
 ) -> None:
-    """Of a borrow that's lost, the end that somebody kept does nothing: the next borrow rolls back."""
+    """Whoever keeps nothing but the end of a borrow keeps the borrow, and can end it."""
     borrow = slots.borrow(session)
     memory.step(borrow.__enter__(), 1)
     end = borrow.__exit__
     del borrow
+    with pytest.raises(SessionBusyError), slots.borrow(session):
+        pytest.fail("borrowed twice")
     end(None, None, None)
-    del end
-    assert look(slots, session) == ([], 0)
+    assert look(slots, session) == ([1], 1)
 
 
 def test_exit_twice(session: Session, slots: StateSlots[Cache], memory: Memory) -> None:

@@ -9,17 +9,18 @@ So as to tell what must have happened, books are kept of tokens and KV caches. T
 Python function can be struck on entry, before it does what it's for.
 """
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import pytest
-from tests.weather import Weather
+from tests.weather import Strike, Weather, strike
 
 from inference_session import Session
 from inference_session.engine import BorrowedState, StateSlots
@@ -219,6 +220,66 @@ class Story(Generic[KV]):
         one.close()
         other.close()
 
+    def run_closing(self) -> None:
+        """Tell of sessions that are closed in mid-borrow."""
+        slots, feed, one, other = self.slots, self.feed, self.one, self.other
+        with slots.borrow(one) as state:
+            state.append([1, 2, 3])
+            feed(state, 3)
+        with slots.borrow_all([one, other]) as states:
+            for state in states:
+                state.append([6])
+                feed(state, 1)
+                state.commit()
+            other.close()
+            states[1].append([5])
+            feed(states[1], 1)
+        with slots.borrow(one) as state:
+            state.append([4, 4])
+            feed(state, 1)
+            state.commit()
+            one.close()
+            feed(state, 1)
+            state.rewind(5, pending=0)
+            state.append([9])
+            feed(state, 1)
+        self.step = 9
+
+    def stream(self, sessions: list[Session]) -> Generator[None, None, None]:
+        """Be suspended in a block that has not been committed."""
+        with self.slots.borrow_all(sessions) as states:
+            for state in states:
+                state.append([5, 5])
+                self.feed(state, 1)
+            yield
+
+    def run_collected(self) -> None:
+        """Tell of blocks that the garbage collector ends."""
+        slots, feed, one, other = self.slots, self.feed, self.one, self.other
+        with slots.borrow(one) as state:
+            state.append([1, 2, 3])
+            feed(state, 2)
+        self.step = 1
+        stream = self.stream([one])
+        next(stream)
+        cycle: list[object] = [stream]
+        cycle[END:] = (cycle,)
+        del stream, cycle
+        gc.collect()
+        with slots.borrow(one) as state:
+            feed(state, 1)
+            state.append([4, 5])
+        self.step = 2
+        stream = self.stream([one, other])
+        next(stream)
+        cycle = [stream]
+        cycle[END:] = (cycle,)
+        del stream, cycle
+        other.close()
+        gc.collect()
+        one.close()
+        self.step = 9
+
     def check(self) -> None:
         """Require both sessions to be free, and as one of their commits left them."""
         histories = self.check_one(self.one), self.check_one(self.other)
@@ -382,6 +443,129 @@ def test_a_handler_that_borrows(weather: Weather, begin: Engines) -> None:
         assert story.step == 9
         check_books()
     assert 0 < served < point
+
+
+@pytest.fixture
+def swallowed() -> Iterator[list[object]]:
+    """Note the classes of what finalizers raise."""
+    swallowed: list[object] = []
+
+    def note(told: "sys.UnraisableHookArgs") -> None:
+        swallowed.append(told.exc_type)
+
+    tell, sys.unraisablehook = sys.unraisablehook, note
+    yield swallowed
+    sys.unraisablehook = tell
+
+
+def test_a_strike_beside_closing(weather: Weather, begin: Engines) -> None:
+    """Free what was closed in mid-borrow once, and without another `close()`, wherever an interrupt strikes."""
+    point = 0
+    closed_before = 0
+    while True:
+        point += 1
+        story, check_books = begin()
+        error = weather.run(story.run_closing, point)
+        if error is None:
+            break
+        try:
+            for session in (story.one, story.other):
+                if session.closed:
+                    closed_before += 1
+                    assert session.token_count == 0
+                    assert "closed" in repr(session)
+                else:
+                    session.close()
+            check_books()
+            story.close()
+            check_books()
+        except BaseException as failure:
+            explain(failure, error, f"delivery point {point}")
+            story.close_both()
+            raise
+    assert point > 100, "the delivery points are not seen"
+    assert closed_before > 50
+    assert story.step == 9
+    check_books()
+
+
+def test_a_strike_after_a_handler_that_closes(weather: Weather, begin: Engines) -> None:
+    """Free what a handler has closed once, and without another `close()`, though an interrupt strikes soon after."""
+    for distance in (1, 2, 5):
+        point = struck = 0
+        while True:
+            point += 1
+            story, check_books = begin()
+
+            acts = iter([story.close_both, strike])
+
+            def act(acts: Iterator[Callable[[], None]] = acts) -> None:
+                next(acts)()
+
+            error = weather.run(story.run, point, point + distance, act=act)
+            if weather.reached < point:
+                break
+            struck += isinstance(error, Strike)
+            try:
+                check_books()
+                story.close()
+                check_books()
+            except BaseException as failure:
+                if error is not None:
+                    explain(failure, error, f"delivery point {point}, step {story.step}")
+                story.close_both()
+                raise
+        assert point > 300
+        assert struck > 100
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="a profile function raises only once")
+def test_two_strikes_beside_closing(
+    weather: Weather, begin: Engines, swallowed: list[object]
+) -> None:
+    """Leave what two interrupts kept from being freed, even in a finalizer, to the next `close()`, which does all."""
+    point = 0
+    while True:
+        point += 1
+        story, check_books = begin()
+        error = weather.run(story.run_closing, point, point + 1 + point % 13)
+        if error is None:
+            break
+        while (
+            error is not None
+        ):  # what counted the points has looked at the leases, and its frames are in here
+            error.__traceback__, error = None, error.__context__
+        story.close()
+        check_books()
+    assert point > 100
+    assert set(swallowed) == {Strike}
+
+
+def test_a_strike_beside_the_collector(
+    weather: Weather, begin: Engines, swallowed: list[object]
+) -> None:
+    """Leave sessions whole wherever an interrupt strikes, a block that the garbage collector ends included."""
+    gc.freeze()  # which makes collecting garbage fast
+    try:
+        point = 0
+        while True:
+            point += 1
+            story, check_books = begin()
+            error = weather.run(story.run_collected, point)
+            if weather.reached < point:
+                break
+            if error is not None:
+                error.__traceback__ = None  # with its frame, the generator goes
+            gc.collect()
+            story.check()
+            story.close()
+            check_books()
+    finally:
+        gc.unfreeze()
+    assert point > 100, "the delivery points are not seen"
+    assert Strike in swallowed, "the collector met none"
+    assert set(swallowed) == {Strike}
+    assert story.step == 9
 
 
 @pytest.mark.parametrize(("rain", "seed"), [("signals", 1), ("signals", 2), ("exceptions", 1)])

@@ -2,27 +2,27 @@
 
 # ruff: noqa: PT012 what's tested is how a block fails
 
-import copy
 import gc
-import pickle
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, cast
 from uuid import UUID, uuid4
 
-import cloudpickle  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
 import pytest
+from tests.books import check_books, in_order, sizes
 
-from inference_session import Session, SessionRegistry, _registry, _session
-from inference_session._lease import Lease, leases, replace_dead
-from inference_session._session import Keeper
-from inference_session.engine import StateSlots
+from inference_session import Session, SessionRegistry, _lease, _registry
+from inference_session._lease import Lease, nobody, replace, take
+from inference_session._session import Maintenance
+from inference_session.engine import BorrowedState, StateSlots
 from inference_session.exceptions import (
     RegistryFullError,
     SessionBusyError,
     SessionClosedError,
+    SessionError,
     SessionExistsError,
     SessionNotFoundError,
 )
@@ -86,8 +86,7 @@ class Engine:
 
     def cached(self, session: Session) -> int:
         """Return how many tokens a session's KV cache covers, without using the session."""
-        ledger = session._ledger
-        return 0 if ledger is None else ledger.kv_length
+        return session._kv_length
 
     def check(self) -> None:
         """Require that every cache was released once."""
@@ -215,6 +214,45 @@ def test_iteration_is_over_a_snapshot() -> None:
         assert seen == ids
 
 
+def test_true_when_empty() -> None:
+    """A server that writes `registry or SessionRegistry()` keeps the limits of the empty one that it was given."""
+    empty = SessionRegistry(max_sessions=2)
+    assert empty
+    assert (empty or SessionRegistry()) is empty
+    empty.close()
+    assert empty
+
+
+def test_values(engine: Engine) -> None:
+    """The open sessions can be listed: a list of their own, which changes with nothing."""
+    with SessionRegistry() as registry:
+        assert registry.values() == []
+        sessions = [registry.open() for _ in range(3)]
+        listed = registry.values()
+        assert listed == sessions
+        listed.clear()
+        sessions[0].close()
+        assert registry.values() == sessions[1:]
+        with engine.slots.borrow(sessions[1]):
+            assert registry.values() == sessions[1:]
+
+
+def test_values_are_no_use(clock: Clock) -> None:
+    """A page that shows all sessions keeps none of them alive: neither in the order of use nor by the clock."""
+    with SessionRegistry(max_sessions=3, idle_timeout=10) as registry:
+        first, second, third = (registry.open() for _ in range(3))
+        clock.now += 6
+        registry[first.id]
+        for list_them in (registry.values, lambda: list(registry), lambda: repr(registry)):
+            list_them()
+            assert in_order(registry) == [second, third, first]
+        assert [session.token_count for session in registry.values()] == [0, 0, 0]
+        clock.now += 5
+        registry.values()
+        assert registry.close_idle() == 2
+        assert registry.values() == [first]
+
+
 @pytest.mark.parametrize(
     ("limits", "error"),
     [
@@ -253,6 +291,22 @@ def test_close_one(engine: Engine) -> None:
         assert session.id not in registry
         assert set(registry) == {other.id}
         engine.check()
+
+
+def test_close_none(engine: Engine) -> None:
+    """An id that is missing by mistake doesn't close every conversation there is."""
+    with SessionRegistry() as registry:
+        session = registry.open()
+        engine.step(session)
+        nothing = cast("UUID", None)
+        with pytest.raises(TypeError, match=r"must be a uuid\.UUID, got 'NoneType'"):
+            registry.close(nothing)
+        with pytest.raises(TypeError, match=r"must be a uuid\.UUID, got 'NoneType'"):
+            registry.close(id=nothing)
+        assert registry.values() == [session]
+        assert not session.closed
+        engine.step(session)
+        registry.open()
 
 
 @pytest.mark.parametrize("borrowed", [False, True])
@@ -492,17 +546,18 @@ def test_changed_hands_at_the_last_moment(
     """A session that other threads get hold of, or let go of, when it is about to be closed is looked at again."""
     with SessionRegistry(max_sessions=2) as registry:
         first, second = registry.open(), registry.open()
-        holds: list[Lease] = [weakref.ref(Keeper()), weakref.ref(Keeper())]
-        hold = Session._hold
+        maintenance = Maintenance()
 
-        def too_late(session: Session, lease: Lease) -> Lease | None:
-            return holds.pop() if holds else hold(session, lease)
+        def too_late(session: Session, lease: Lease) -> None:
+            session._lease = (
+                weakref.ref(maintenance) if session._lease is nobody else session._lease
+            )
 
-        monkeypatch.setattr(Session, "_hold", too_late)
+        monkeypatch.setattr(_registry, "take", too_late)
         with engine.slots.borrow(first) if borrowed else nullcontext():
             registry.open()
-        assert holds == []
         assert [first.closed, second.closed] == [not borrowed, borrowed]
+        assert maintenance is not None
 
 
 def test_taken_over_at_the_last_moment(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,12 +566,12 @@ def test_taken_over_at_the_last_moment(engine: Engine, monkeypatch: pytest.Monke
         first, second = registry.open(), registry.open()
         engine.slots.borrow(first).__enter__()  # and never ended
 
-        def too_late(session_key: int, dead: Lease, lease: Lease) -> bool:
-            monkeypatch.setattr(_session, "replace_dead", replace_dead)
+        def too_late(session: Session, last: Lease, lease: Lease) -> bool:
+            monkeypatch.setattr(_lease, "replace", replace)
             other_thread.enter_context(engine.slots.borrow(first))
-            return replace_dead(session_key, dead, lease)
+            return replace(session, last, lease)
 
-        monkeypatch.setattr(_session, "replace_dead", too_late)
+        monkeypatch.setattr(_lease, "replace", too_late)
         registry.open()
         assert [first.closed, second.closed] == [False, True]
 
@@ -525,32 +580,98 @@ def test_replaced_at_the_last_moment(engine: Engine, monkeypatch: pytest.MonkeyP
     """A registry isn't full because of a session that was borrowed, but has gone meanwhile."""
     with SessionRegistry(max_sessions=1) as registry:
         first = registry.open()
-        get = SessionRegistry.get
+        all_borrowed = SessionRegistry._all_borrowed
 
-        def replace(registry: SessionRegistry, id: UUID) -> Session | None:  # noqa: A002
-            monkeypatch.setattr(SessionRegistry, "get", get)
+        def change(registry: SessionRegistry) -> bool:
+            monkeypatch.setattr(SessionRegistry, "_all_borrowed", all_borrowed)
             first.close()
             registry.open(SOME_ID)
-            return registry.get(id)
+            return all_borrowed(registry)
 
-        monkeypatch.setattr(SessionRegistry, "get", replace)
+        monkeypatch.setattr(SessionRegistry, "_all_borrowed", change)
         with engine.slots.borrow(first):
             assert registry.open().id in registry
         assert SOME_ID not in registry
 
 
+class Relay:
+    """Borrows two sessions in turn, never both: always the one that the registry is about to look at."""
+
+    def __init__(self, engine: Engine, *sessions: Session, turns: int) -> None:
+        self.engine, self.sessions, self.turns = engine, sessions, turns
+        self.borrow = engine.slots.borrow(sessions[0])
+        self.borrow.__enter__()
+        self.has: Session = sessions[0]
+
+    def look(self, session: Session) -> None:
+        """Have a session borrowed now, and only now."""
+        if self.turns > 0 and session in self.sessions and session is not self.has:
+            self.turns -= 1
+            self.borrow.__exit__(None, None, None)
+            self.has = session
+            self.borrow = self.engine.slots.borrow(session)
+            self.borrow.__enter__()
+
+
+@pytest.mark.parametrize("turns", range(1, 12))
+def test_full_at_no_instant(engine: Engine, monkeypatch: pytest.MonkeyPatch, turns: int) -> None:
+    """A registry whose sessions are borrowed one after the other isn't full, wherever `open` looks meanwhile."""
+    borrowed = cast("property", vars(Session)["borrowed"])
+
+    def look_and_take(session: Session, lease: Lease) -> Lease | None:
+        relay.look(session)
+        return take(session, lease)
+
+    def look_whether_borrowed(session: Session) -> bool:
+        relay.look(session)
+        found: bool = borrowed.__get__(session)
+        return found
+
+    with SessionRegistry(max_sessions=2) as registry:
+        first, second = registry.open(), registry.open()
+        relay = Relay(engine, first, second, turns=turns)
+        with monkeypatch.context() as patch:
+            patch.setattr(_registry, "take", look_and_take)
+            patch.setattr(Session, "borrowed", property(look_whether_borrowed))
+            new = registry.open()
+        assert relay.turns == 0
+        assert registry.values() == [relay.has, new]
+        assert [first.closed, second.closed] == [relay.has is second, relay.has is first]
+        relay.borrow.__exit__(None, None, None)
+        check_books(registry, 2)
+
+
+def test_full_at_one_instant(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry is full if all were borrowed at one instant, though one of them was given back and taken before."""
+    with SessionRegistry(max_sessions=2) as registry, ExitStack() as borrows:
+        first, second = registry.open(), registry.open()
+        borrows.enter_context(engine.slots.borrow(first))
+        looks: list[Session] = []
+
+        def look_and_take(session: Session, lease: Lease) -> Lease | None:
+            looks.append(session)
+            if len(looks) == 2:
+                borrows.enter_context(engine.slots.borrow(second))
+            return take(session, lease)
+
+        monkeypatch.setattr(_registry, "take", look_and_take)
+        with pytest.raises(RegistryFullError):
+            registry.open()
+        assert looks == [first, second]
+        check_books(registry, 2)
+
+
 @contextmanager
 def at_the_last_moment(work: Callable[[], object]) -> Generator[None]:
     """Do something once, when the registry is about to take a session so as to close it."""
-    hold = Session._hold
 
     def too_late(session: Session, lease: Lease) -> Lease | None:
         patch.undo()
         work()
-        return hold(session, lease)
+        return take(session, lease)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "_hold", too_late)
+        patch.setattr(_registry, "take", too_late)
         yield
 
 
@@ -597,10 +718,10 @@ def test_closed_by_two_at_once() -> None:
     """A session that two threads close leaves the registry once."""
     with SessionRegistry(max_sessions=2) as registry:
         session = registry.open()
-        registration = session._registration
-        assert registration is not None
+        observer = session._observer
+        assert observer is not None
         session.close()
-        registration.close(session)  # by who was about to close it, too
+        observer.close(session)  # by who was about to close it, too
         assert registry._room == 2
 
 
@@ -608,24 +729,12 @@ def test_closed_before_it_had_to_go(engine: Engine) -> None:
     """A session that its client closes just before the registry would have is not the registry's to count."""
     with SessionRegistry(max_sessions=1) as registry:
         session = registry.open()
+        entry = session._observer
+        assert isinstance(entry, _registry._Entry)
         with engine.slots.borrow(session):
             session.close()
-            assert not registry._remove(session, leases[id(session)], session._registration)
+            assert not registry._remove(session, entry, session._lease, entry.use)
         assert registry._room == 1
-
-
-@pytest.mark.parametrize("begun", [False, True])
-def test_no_lease_outlives_the_session(engine: Engine, *, begun: bool) -> None:
-    """A session that had to make room leaves no lease behind: its address will be another's."""
-    registry = SessionRegistry(max_sessions=1)
-    session = registry.open()
-    if begun:
-        engine.step(session)
-    registry.open()
-    assert session.closed
-    address = id(session)
-    del session
-    assert address not in leases
 
 
 # Idle for too long
@@ -895,6 +1004,386 @@ def test_release_that_closes_the_evicted(engine: Engine) -> None:
         assert registry._kv_total == 400
 
 
+def grow(state: BorrowedState[Cache], count: int) -> None:
+    """Add some tokens in mid-borrow, and commit."""
+    state.append([7] * count)
+    state.kv_cache.tokens.extend(state.pending)
+    state.advance(count)
+    state.commit()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_passed_over_until_its_borrow_ends(engine: Engine, *, fails: bool) -> None:
+    """A session that is over the budget while it's borrowed is evicted when that ends, well or not."""
+    with SessionRegistry(max_kv_bytes=1000) as registry:
+        first, second = registry.open(), registry.open()
+        with suppress(MemoryError), engine.slots.borrow(second) as other:
+            with engine.slots.borrow(first) as state:
+                grow(state, 6)
+                grow(other, 6)
+                assert registry._kv_total == 1200
+                if fails:
+                    raise MemoryError
+            assert engine.cached(first) == 0
+            assert registry._kv_total == 600
+        assert engine.cached(first) == 0
+        assert first.token_count == 6
+        assert engine.cached(second) == 6
+        check_books(registry)
+
+
+def by_hand(engine: Engine, session: Session) -> tuple[BorrowedState[Cache], object]:
+    """Borrow a session without a `with` statement."""
+    borrow = engine.slots.borrow(session)
+    return borrow.__enter__(), borrow
+
+
+def in_a_batch(engine: Engine, session: Session) -> tuple[BorrowedState[Cache], object]:
+    """Borrow a batch without a `with` statement."""
+    borrow = engine.slots.borrow_all([session])
+    return borrow.__enter__()[0], borrow
+
+
+def in_a_stack(engine: Engine, session: Session) -> tuple[BorrowedState[Cache], object]:
+    """Borrow a session by an `ExitStack`."""
+    stack = ExitStack()
+    return stack.enter_context(engine.slots.borrow(session)), stack
+
+
+def in_a_generator(engine: Engine, session: Session) -> tuple[BorrowedState[Cache], object]:
+    """Borrow a session in a generator that's suspended then."""
+
+    def stream() -> Iterator[BorrowedState[Cache]]:
+        with engine.slots.borrow(session) as state:
+            yield state
+
+    generator = stream()
+    return next(generator), generator
+
+
+@pytest.mark.parametrize("abandon", [by_hand, in_a_batch, in_a_stack, in_a_generator])
+@pytest.mark.parametrize("in_cycle", [False, True], ids=["dropped", "garbage"])
+def test_passed_over_until_its_borrow_is_abandoned(
+    engine: Engine,
+    abandon: Callable[[Engine, Session], tuple[BorrowedState[Cache], object]],
+    *,
+    in_cycle: bool,
+) -> None:
+    """A session that was passed over while borrowed is evicted also if that borrow is dropped, and never ends."""
+    with SessionRegistry(max_kv_bytes=1000) as registry:
+        first, second = registry.open(), registry.open()
+        held: list[object] = [*abandon(engine, first)]
+        grow(cast("BorrowedState[Cache]", held[0]), 6)
+        with engine.slots.borrow(second) as other:
+            grow(other, 6)
+            assert registry._kv_total == 1200  # both are borrowed
+            if in_cycle:
+                held.append(held)
+                del held
+            else:
+                held.clear()
+            gc.collect()
+            grow(other, 1)
+            assert [engine.cached(first), engine.cached(second)] == [0, 7]
+            assert registry._kv_total == 700
+        check_books(registry)
+        with engine.slots.borrow(first) as state:
+            assert state.token_history == [7] * 6
+
+
+def test_passed_over_and_abandoned_within_the_budget(engine: Engine) -> None:
+    """A session that was passed over, and whose borrow was then dropped, is the first to go at the next occasion."""
+    with SessionRegistry(max_kv_bytes=1000) as registry:
+        first, second, third = (registry.open() for _ in range(3))
+        engine.step(first, 4)
+        held = [*by_hand(engine, first)]
+        engine.step(second, 4)
+        engine.step(third, 4)  # over the budget: first is borrowed, second goes
+        assert [engine.cached(session) for session in (first, second, third)] == [4, 0, 4]
+        held.clear()
+        gc.collect()
+        assert engine.cached(first) == 4
+        engine.step(second, 1)
+        assert [engine.cached(session) for session in (first, second, third)] == [0, 5, 4]
+        check_books(registry)
+
+
+def test_many_borrowed_ones_cost_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a great many sessions borrowed and over the budget, each commit looks at a few of them, not at all."""
+    looks: list[Session] = []
+    maintain = Session._maintain
+
+    def count(session: Session, work: Callable[[Lease], None]) -> bool:
+        looks.append(session)
+        return maintain(session, work)
+
+    monkeypatch.setattr(Session, "_maintain", count)
+    with SessionRegistry(max_kv_bytes=100) as registry:
+        sessions = [registry.open() for _ in range(200)]
+        most = total = 0
+        with engine.slots.borrow_all(sessions) as states:
+            for _ in range(3):
+                for state in states:
+                    looks.clear()
+                    grow(state, 1)
+                    most = max(most, len(looks))
+                    total += len(looks)
+            assert registry._kv_total == 100 * 600
+        assert most <= 3
+        assert total <= 2 * 600
+        assert registry._kv_total <= 100
+        check_books(registry)
+
+
+class Stubborn(int):
+    """A number that can't be reckoned with for lack of memory: the first time."""
+
+    failed = False
+
+    def reckon(self) -> None:
+        """Fail, if it's time."""
+        if not self.failed:
+            self.failed = True
+            raise MemoryError
+
+    def __add__(self, other: int) -> int:
+        self.reckon()
+        return int(self) + other
+
+    def __sub__(self, other: int) -> int:
+        self.reckon()
+        return int(self) - other
+
+    __radd__ = __add__
+
+    def __rsub__(self, other: int) -> int:
+        self.reckon()
+        return other - int(self)
+
+
+def stubborn(value: float) -> Stubborn:
+    """Return a number that fails."""
+    return Stubborn(int(value))
+
+
+def step_batch(engine: Engine, session: Session) -> None:
+    """Commit in a batch, and at its end."""
+    with engine.slots.borrow_all([session]) as states:
+        grow(states[0], 1)
+
+
+STEPS: dict[str, Callable[[Engine, SessionRegistry, Session], object]] = {
+    "step": lambda engine, registry, it: engine.step(it),
+    "batch": lambda engine, registry, it: step_batch(engine, it),
+    "close": lambda engine, registry, it: it.close(),
+    "close by id": lambda engine, registry, it: registry.close(it.id),
+    "close all": lambda engine, registry, it: registry.close(),
+    "evict": lambda engine, registry, it: engine.slots.evict(it),
+    "open": lambda engine, registry, it: registry.open(),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
+def test_no_memory_to_reckon_with(
+    engine: Engine,
+    unraisable: list[BaseException | None],
+    step: Callable[[Engine, SessionRegistry, Session], object],
+) -> None:
+    """Where even a sum fails, the books are true: nothing is counted that isn't there, and no lock is kept."""
+    with SessionRegistry(max_sessions=2, max_kv_bytes=500) as registry:
+        first, second = registry.open(), registry.open()
+        engine.step(first, 2)
+        engine.step(second, 2)
+        registry._kv_total = stubborn(registry._kv_total)
+        registry._room = stubborn(registry._room)
+        with suppress(MemoryError):
+            step(engine, registry, first)
+        assert not cast("Any", _lease.lock)._is_owned()
+        registry._kv_total, registry._room = int(registry._kv_total), int(registry._room)
+        gc.collect()
+        check_books(registry, 2)
+        for session in registry.values():
+            assert sizes(registry).get(session.id.int, 0) == 100 * engine.cached(session)
+        if not registry._closed:
+            engine.step(registry.open(), 5)
+            check_books(registry, 2)
+            assert registry._kv_total <= 500
+
+
+class Size(int):
+    """A number of bytes, of an engine's own type, which reckons in its own way."""
+
+    def __add__(self, other: object) -> int:
+        raise MemoryError
+
+    __radd__ = __sub__ = __rsub__ = __add__
+
+    def __lt__(self, other: object) -> bool:
+        raise MemoryError
+
+    __gt__ = __le__ = __ge__ = __lt__
+
+
+def test_sizes_of_a_foreign_type(engine: Engine) -> None:
+    """What `nbytes` returns is counted as a plain int, whatever it can do besides."""
+    slots = StateSlots(
+        create=engine.create,
+        length=lambda cache: len(cache.tokens),
+        release=engine.release,
+        nbytes=lambda cache: Size(100 * len(cache.tokens)),
+    )
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        for session in (registry.open(), registry.open()):
+            with slots.borrow(session) as state:
+                grow(state, 3)
+            check_books(registry)
+        assert registry._kv_total == 300
+        assert type(registry._kv_total) is int
+        assert [type(size) for size in sizes(registry).values()] == [int]
+
+
+# What it tells
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Give what returns, once, all that was logged since: the level, the logger, and what is said."""
+    caplog.set_level(logging.DEBUG)
+
+    def read() -> list[str]:
+        said = [f"{it.levelname} {it.name}: {it.getMessage()}" for it in caplog.records]
+        caplog.clear()
+        return said
+
+    return read
+
+
+def test_logs_who_is_closed_for_being_idle(
+    engine: Engine, clock: Clock, log: Callable[[], list[str]]
+) -> None:
+    """An operator sees which sessions went because nobody used them: each of them once."""
+    with SessionRegistry(idle_timeout=10) as registry:
+        first, second = registry.open(), registry.open()
+        engine.step(first)
+        clock.now += 11
+        used = registry.get(second.id)
+        assert log() == []
+        registry.close_idle()
+        assert log() == [f"INFO inference_session: closed session {first.id}: idle"]
+        clock.now += 11
+        registry.open()
+        assert log() == [f"INFO inference_session: closed session {second.id}: idle"]
+        assert used is second
+
+
+def test_logs_who_is_closed_for_room(engine: Engine, log: Callable[[], list[str]]) -> None:
+    """An operator sees which sessions went because there were too many, also if `release` failed."""
+    with SessionRegistry(max_sessions=1) as registry:
+        first = registry.open()
+        engine.step(first)
+        second = registry.open()
+        assert log() == [f"INFO inference_session: closed session {first.id}: to make room"]
+        with engine.slots.borrow(second):
+            with pytest.raises(RegistryFullError):
+                registry.open()
+            assert log() == []
+        registry.open()
+        assert log() == [f"INFO inference_session: closed session {second.id}: to make room"]
+
+
+def test_logs_whose_cache_is_evicted(engine: Engine, log: Callable[[], list[str]]) -> None:
+    """An operator sees whose KV caches the budget cost, and that sessions without one aren't worth a word."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        first, second, third = (registry.open() for _ in range(3))
+        engine.step(first, 3)
+        engine.slots.evict(second)
+        assert log() == []
+        with engine.slots.borrow(first):
+            engine.step(third, 2)
+            assert log() == []
+        engine.step(third, 1)
+        assert log() == [evicted(first)]
+        engine.step(third, 3)
+        assert log() == [evicted(third)]
+        engine.step(second, 0)
+        assert log() == []
+
+
+def evicted(session: Session) -> str:
+    """Return what is logged about a session whose KV cache was evicted."""
+    return f"INFO inference_session: evicted the KV cache of session {session.id}: over the budget"
+
+
+def test_logs_failing_releases_as_well(
+    engine: Engine,
+    log: Callable[[], list[str]],
+    unraisable: list[BaseException | None],
+) -> None:
+    """An eviction whose `release` failed is an eviction, logged once; the error goes to the hook, not to the log."""
+    with SessionRegistry(max_sessions=2, max_kv_bytes=500) as registry:
+        first, second = registry.open(), registry.open()
+        engine.step(first, 3)
+        engine.release_error = ConnectionError("7 7 7")
+        engine.step(second, 3)
+        assert log() == [evicted(first)]
+        registry.open()
+        registry.open()
+        assert log() == [
+            f"INFO inference_session: closed session {first.id}: to make room",
+            f"INFO inference_session: closed session {second.id}: to make room",
+        ]
+        assert unraisable == [engine.release_error] * 2
+        engine.release_error = None
+
+
+def test_logs_nothing_else(engine: Engine, log: Callable[[], list[str]]) -> None:
+    """What is done by hand isn't logged, nor are steps: whoever does it knows."""
+    with SessionRegistry(max_sessions=5, idle_timeout=1e9, max_kv_bytes=10**9) as registry:
+        first, second, third, fourth = (registry.open() for _ in range(4))
+        for session in (first, second, third, fourth):
+            engine.step(session)
+        with pytest.raises(MemoryError), engine.slots.borrow(fourth):
+            raise MemoryError
+        with engine.slots.borrow(first), pytest.raises(SessionError), engine.slots.borrow(first):
+            pass
+        first.close()
+        registry.close(second.id)
+        engine.slots.evict(third)
+        with engine.slots.borrow(third):
+            third.close()
+        registry.get(fourth.id)
+        assert registry.close_idle() == 0
+    assert fourth.closed
+    assert log() == []
+
+
+def test_a_log_that_looks_at_the_registry(engine: Engine, clock: Clock) -> None:
+    """A handler of log records may ask the registry that logs: nothing waits for itself."""
+    seen: list[int] = []
+
+    class Asking(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(len(registry))
+            check_books(registry, 2)
+            for session in registry.values():
+                registry.get(session.id)
+
+    logger, handler = logging.getLogger("inference_session"), Asking()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with SessionRegistry(max_sessions=2, idle_timeout=10, max_kv_bytes=100) as registry:
+            engine.step(registry.open(), 2)
+            for _ in range(2):
+                registry.open()
+            clock.now += 11
+            assert registry.close_idle() == 1  # the handler used the other one
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    assert seen == [1, 1, 1]
+
+
 def test_an_engine_without_nbytes() -> None:
     """A budget that nobody could keep is an error, not a silent leak; and the step that shows it changes nothing."""
     slots = StateSlots(create=list[int], length=len)
@@ -971,27 +1460,6 @@ def test_repr() -> None:
     with SessionRegistry() as registry:
         registry.open()
         assert repr(registry) == "<SessionRegistry, 1 sessions>"
-
-
-COPIES: dict[str, Callable[[object], object]] = {
-    "copy": copy.copy,
-    "deepcopy": copy.deepcopy,
-    "pickle": pickle.dumps,
-    "cloudpickle": cast("Callable[[object], object]", cloudpickle.dumps),  # pyright: ignore[reportUnknownMemberType]
-}
-
-
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES.keys())
-def test_never_a_copy(duplicate: Callable[[object], object]) -> None:
-    """Two registries never share a session, nor the books about it."""
-    with pytest.raises(TypeError, match="'SessionRegistry' can't be copied or pickled"):
-        duplicate(SessionRegistry())
-
-
-def test_sessions_of_a_registry_are_never_a_copy() -> None:
-    """A session of a registry is what any session is."""
-    with SessionRegistry() as registry, pytest.raises(TypeError, match=r"send session\.id instead"):
-        copy.copy(registry.open())
 
 
 def test_two_registries_with_one_id(engine: Engine) -> None:

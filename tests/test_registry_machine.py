@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 from contextlib import AbstractContextManager, ExitStack
+from math import inf
 from unittest import mock
 from uuid import UUID
 
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from tests.books import check_books, in_order, sizes
 
 from inference_session import Session, SessionRegistry, _registry
 from inference_session.engine import BorrowedState, StateSlots
@@ -115,6 +117,8 @@ class Talk:
     """Whether the next borrow takes back what another one left."""
     nbytes: int = 0
     """What the budget counts."""
+    passed: bool = False
+    """Whether it was borrowed when it would have been evicted, and wasn't used since."""
     closed: bool = False
 
 
@@ -163,7 +167,7 @@ class Registries(RuleBasedStateMachine):
 
     def touch(self, talk: Talk) -> None:
         """Use a session."""
-        talk.used = self.time
+        talk.used, talk.passed = self.time, False
         if talk in self.order:
             self.order.remove(talk)
             self.order.append(talk)
@@ -186,16 +190,13 @@ class Registries(RuleBasedStateMachine):
         """Evict KV caches until the budget holds."""
         if self.max_kv_bytes is None:
             return
-        seen: set[Talk] = set()
-        while sum(talk.nbytes for talk in self.order) > self.max_kv_bytes:
-            holders = [talk for talk in self.order if talk.nbytes]
-            if len(seen) >= len(holders):
+        for talk in list(self.order):
+            if sum(talk.nbytes for talk in self.order) <= self.max_kv_bytes:
                 return
-            if holders[0].borrow is None:
-                self.evict(holders[0])
-            else:
-                seen.add(holders[0])
-                self.touch(holders[0])
+            if talk.nbytes and talk.borrow is None:
+                self.evict(talk)
+            elif talk.nbytes:
+                talk.passed = True
 
     def evict(self, talk: Talk) -> None:
         """Evict a KV cache."""
@@ -385,7 +386,11 @@ class Registries(RuleBasedStateMachine):
         talk = self.pick(number)
         if talk is not None and talk.borrow is not None:
             talk.borrow = talk.state = None
-            talk.unfinished = True
+            talk.unfinished = not talk.closed
+            if talk.closed:
+                talk.tokens, talk.cached = 0, None
+            elif talk.passed:
+                self.enforce()
 
     @rule(numbers=SEVERAL, count=st.integers(1, 3), fails=st.booleans())
     def batch(self, numbers: list[int], count: int, *, fails: bool) -> None:
@@ -511,17 +516,17 @@ class Registries(RuleBasedStateMachine):
     def registry_is_as_the_model(self) -> None:
         """Exactly the model's sessions are there, in the order of their use, with what they hold."""
         sessions = [talk.session for talk in self.order]
-        assert list(self.registry._sessions.values()) == sessions
-        assert list(self.registry) == [session.id for session in sessions]
+        assert in_order(self.registry) == sessions
+        assert set(self.registry) == {session.id for session in sessions}
+        check_books(self.registry, self.max_sessions or inf)
         assert len(self.registry) == len(sessions)
         assert self.max_sessions is None or len(sessions) <= self.max_sessions
-        holders = [(talk.session.id.int, talk.nbytes) for talk in self.order if talk.nbytes]
-        assert list(self.registry._kv_bytes.items()) == holders
-        assert self.registry._kv_total == sum(nbytes for _, nbytes in holders)
+        holders = {talk.session.id.int: talk.nbytes for talk in self.order if talk.nbytes}
+        assert sizes(self.registry) == holders
         for talk in (*self.order, *self.closed):
             assert talk.session.closed == talk.closed
             assert talk.session.token_count == talk.tokens
-            assert (talk.session._registration is None) == talk.closed
+            assert (talk.session._observer is None) == talk.closed
 
     @invariant()
     def budget_holds(self) -> None:

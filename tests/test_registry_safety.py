@@ -18,6 +18,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from tests.books import check_books, sizes
 from tests.weather import Strike, Weather
 
 from inference_session import Session, SessionRegistry, _registry
@@ -65,19 +66,6 @@ class Engine:
         """Require that every KV cache that was given away came back once."""
         given = self.pool[: len(self.pool) - len(self.left)]
         assert sorted(map(id, self.released)) == sorted(map(id, given))
-
-
-def check_books(registry: SessionRegistry, limit: float = float("inf")) -> None:
-    """Require the books of a registry to be true."""
-    assert registry._room == limit - len(registry) or limit == float("inf")
-    assert len(registry) <= limit
-    assert list(registry) == [session.id for session in registry._sessions.values()]
-    assert registry._kv_total == sum(registry._kv_bytes.values())
-    assert set(registry._kv_bytes) <= set(registry._sessions)
-    for key, session in registry._sessions.items():
-        assert key == session.id.int
-        assert not session.closed
-        assert session._registration is not None
 
 
 # Interrupts
@@ -329,7 +317,7 @@ class ThreadEngine:
 
 @pytest.mark.usefixtures("_hasty")
 @pytest.mark.parametrize("seed", [1, 2])
-def test_threads(seed: int) -> None:  # noqa: C901 as much to do
+def test_threads(seed: int) -> None:
     """Threads that open, look up, borrow, close and evict at once: no cache is lost, shared or freed twice."""
     engine = ThreadEngine()
     registry = SessionRegistry(max_sessions=4, idle_timeout=0.002, max_kv_bytes=30)
@@ -368,10 +356,8 @@ def test_threads(seed: int) -> None:  # noqa: C901 as much to do
     assert sum(each.steps for each in served) > 50
     assert sum(each.refused for each in served) > 50
     check_books(registry, 4)
-    for session in registry._sessions.values():
-        ledger = session._ledger
-        held = 0 if ledger is None or session.token_count == 0 else ledger.kv_length
-        assert registry._kv_bytes.get(session.id.int, 0) == held
+    held = {session.id.int: session._kv_length for session in registry.values()}
+    assert sizes(registry) == {key: length for key, length in held.items() if length}
     assert registry._kv_total <= 30
     registry.close()
     gc.collect()

@@ -7,14 +7,18 @@ hold the tokens that they were fed, so that they can be compared with the histor
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
+import weakref
+from array import array
 from asyncio import CancelledError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from random import Random
 from typing import Any, Final, Literal, TypeAlias, cast
 from uuid import UUID
 
+import pytest
 from attrs import define, field, frozen
 from hypothesis import Phase, note, settings
 from hypothesis import strategies as st
@@ -30,6 +34,7 @@ from tests.caches import Cache, Fault, FunctionName, Lie, Memory
 from inference_session import Session
 from inference_session.engine import BorrowedState, StateSlots
 from inference_session.exceptions import (
+    BorrowExpiredError,
     SessionBusyError,
     SessionClosedError,
     SessionError,
@@ -48,7 +53,7 @@ class FailureError(Exception):
 EXAMPLES: Final = 400
 
 ErrorClass: TypeAlias = type[BaseException]
-ERRORS: Final[Sequence[ErrorClass]] = (
+ERRORS: Final[tuple[ErrorClass, ...]] = (
     FailureError,
     MemoryError,
     KeyboardInterrupt,
@@ -135,8 +140,36 @@ class Evict:
     engine: int
 
 
-Simple: TypeAlias = Append | Turn | Step | Rewind | Reuse | Do | Raise | Break | Close | Evict
-Style: TypeAlias = Literal["with", "stack", "by hand", "abandoned"]
+@frozen
+class Misuse:
+    """Come too late, with the state of a block that has ended; or with what only passes for a session."""
+
+    session: int
+    what: str
+
+
+Simple: TypeAlias = (
+    Append | Turn | Step | Rewind | Reuse | Do | Raise | Break | Close | Evict | Misuse
+)
+Style: TypeAlias = Literal["with", "stack", "by hand", "abandoned", "collected"]
+
+MEMBERS: Final[dict[str, Callable[[BorrowedState[Cache]], object]]] = {
+    "kv_cache": lambda state: state.kv_cache,
+    "kv_cache setter": lambda state: setattr(state, "kv_cache", Cache([0])),
+    "token_history": lambda state: state.token_history,
+    "kv_length": lambda state: state.kv_length,
+    "pending": lambda state: state.pending,
+    "append": lambda state: state.append([0]),
+    "advance": lambda state: state.advance(0),
+    "commit": lambda state: state.commit(),
+    "rewind": lambda state: state.rewind(0),
+    "reuse_prefix": lambda state: state.reuse_prefix([0]),
+}
+PROXIES: Final[dict[str, Callable[[StateSlots[Cache], Session], object]]] = {
+    "borrow a proxy": lambda slots, proxy: slots.borrow(proxy).__enter__(),
+    "borrow proxies": lambda slots, proxy: slots.borrow_all([proxy, proxy]).__enter__(),
+    "evict a proxy": lambda slots, proxy: slots.evict(proxy),
+}
 
 
 @frozen
@@ -146,6 +179,8 @@ class Block:
     sessions: list[int]
     engine: int
     style: Style
+    generation: int
+    """Which one the garbage collector looks at."""
     does: list[Act]
 
 
@@ -225,6 +260,11 @@ def evict(choice: Random) -> Evict:
     return Evict(choice.choice(range(3)), choice.choice(range(2)))
 
 
+def misuse(choice: Random) -> Misuse:
+    """Choose what to do wrong."""
+    return Misuse(choice.randrange(3), choice.choice((*MEMBERS, *PROXIES)))
+
+
 KINDS: Final[Sequence[Callable[[Random], Simple] | None]] = (
     *(turn,) * 5,
     *(append,) * 2,
@@ -236,6 +276,7 @@ KINDS: Final[Sequence[Callable[[Random], Simple] | None]] = (
     *(break_,) * 4,
     close,
     evict,
+    *(misuse,) * 2,
     None,  # a block within the block
 )
 
@@ -244,13 +285,15 @@ def choose_block(choice: Random, length: int) -> Block:
     """Choose what to borrow, and what to do to it."""
     sessions = choice.choice(([0], [0], [1], [2], [0, 1], [1, 2, 0], [2, 0], [0, 1, 0]))
     engine = choice.choice((0, 0, 0, 0, 0, 1))
-    style: Style = choice.choice(("with", "with", "with", "stack", "by hand", "abandoned"))
+    style: Style = choice.choice(
+        ("with", "with", "with", "stack", "by hand", "abandoned", "collected", "collected")
+    )
     does: list[Act] = []
     for _ in range(length):
         kind = choice.choice(KINDS)
         what = choose_block(choice, length // 4) if kind is None else kind(choice)
         does.append(Act(choice.randrange(3), what, caught=choice.random() < 0.8))
-    return Block(sessions, engine, style, does)
+    return Block(sessions, engine, style, choice.randrange(3), does)
 
 
 # A few large draws: they are far faster than many small ones.
@@ -287,6 +330,9 @@ class Talk:
     """How many of them the savepoint's cache still covers; None if it's gone."""
     sure: bool = True
     """Whether it's known what becomes of the cache: nothing failed in dealing with it since the savepoint."""
+
+    expired: BorrowedState[Cache] | None = None
+    """The state of a block that has ended."""
 
     # While it's borrowed:
     state: BorrowedState[Cache] | None = None
@@ -360,11 +406,29 @@ class Talk:
         self.cache = cache
 
 
+def copied(value: object) -> object:
+    """Return what a field holds now, if it can be changed."""
+    return cast("array[int]", value)[:] if isinstance(value, array) else value
+
+
 def strip(error: BaseException | None) -> None:
     """Take the tracebacks off an error, as they would keep alive what the test lets go of."""
     while error is not None:
         error.__traceback__ = None
         error = error.__context__
+
+
+def collect(stream: Generator[None, None, None], generation: int) -> None:
+    """Suspend a generator, and have it collected in a cycle."""
+    next(stream)
+    alive = weakref.ref(stream)
+    cycle: list[object] = [stream]
+    cycle.append(cycle)
+    del stream, cycle
+    gc.collect(generation)
+    if alive() is not None:  # it's in an older one
+        gc.collect()
+    assert alive() is None
 
 
 class Sessions(RuleBasedStateMachine):
@@ -405,7 +469,7 @@ class Sessions(RuleBasedStateMachine):
     @rule(choice=CHOICES)
     def call(self, choice: Random) -> None:
         """Close, evict or drop a session that isn't borrowed, whether its cache can be released or not."""
-        what, fails = choice.choice((close, evict, None)), choice.choice((False, True))
+        what, fails = choice.choice((close, evict, misuse, None)), choice.choice((False, True))
         note(f"{what} {fails}")
         if what is None:
             self.drop(choice.randrange(3))
@@ -413,8 +477,13 @@ class Sessions(RuleBasedStateMachine):
         if fails:
             for engine in self.engines:
                 engine.memory.fail(Fault("release", choice.choice(ERRORS)()))
-        act = what(choice)
-        self.do_close(act) if isinstance(act, Close) else self.do_evict(act)
+        match what(choice):
+            case Close() as act:
+                self.do_close(act)
+            case Evict() as act:
+                self.do_evict(act)
+            case Misuse() as act:
+                self.do_misuse(act)
         self.repair()
 
     def drop(self, number: int) -> None:
@@ -423,6 +492,7 @@ class Sessions(RuleBasedStateMachine):
         leaked = not talk.closed and bool(self.live(talk))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            talk.expired = None
             del talk.session
         warned = [ResourceWarning] * leaked
         unfinished = not talk.sure or talk.engine is None
@@ -434,7 +504,7 @@ class Sessions(RuleBasedStateMachine):
         for number, talk in enumerate(self.talks):
             for engine in range(2):
                 if talk.engine in {None, self.engines[engine]}:
-                    self.run(Block([number], engine, "with", []))
+                    self.run(Block([number], engine, "with", 0, []))
 
     # What always holds
 
@@ -461,7 +531,7 @@ class Sessions(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Close everything: exactly what was created was released."""
-        if self.failed:
+        if getattr(self, "failed", True):  # also where Hypothesis has stopped before `begin`
             return
         self.look()
         for number in range(3):
@@ -500,7 +570,7 @@ class Sessions(RuleBasedStateMachine):
     def refusals(self, engine: Engine, talks: list[Talk]) -> set[type[SessionError] | None]:
         """Return the errors that borrowing may end in; None is that it may succeed."""
         if len(set(talks)) < len(talks):
-            return {SessionBusyError}
+            return {*self.refusals(engine, [*dict.fromkeys(talks)]), SessionBusyError} - {None}
         unknown = False
         for talk in talks:
             may_be_empty = not talk.saved and not talk.sure
@@ -535,6 +605,8 @@ class Sessions(RuleBasedStateMachine):
         if isinstance(raised, AssertionError):
             raise raised
         strip(raised)
+        if block.style == "stack" and raised is not None:
+            gc.collect()  # an ExitStack whose exit raises leaves a cycle of its frame and the traceback
         if not body.entered:
             disturbed = self.disturbances > before
             if type(raised) in refusals:
@@ -569,6 +641,8 @@ class Sessions(RuleBasedStateMachine):
                     with ExitStack() as stack:
                         body.got = stack.enter_context(self.open[depth])
                         body.run()
+                case "collected":
+                    collect(self.stream(depth, body), body.block.generation)
                 case _:
                     body.got = self.open[depth].__enter__()
                     try:
@@ -585,6 +659,12 @@ class Sessions(RuleBasedStateMachine):
             self.strip_all()
         return None
 
+    def stream(self, depth: int, body: Body) -> Generator[None, None, None]:
+        """Borrow in a generator, and be suspended in the block."""
+        with self.open[depth] as body.got:
+            body.run()
+            yield
+
     def compare_end(  # noqa: C901 as many ways to end
         self, body: Body, raised: BaseException | None
     ) -> None:
@@ -595,7 +675,10 @@ class Sessions(RuleBasedStateMachine):
         abandoned = body.block.style == "abandoned"
         if abandoned:
             assert raised is left
-            assert not disturbed
+            assert not disturbed or len(open_talks) < len(talks)  # a closed one is freed at once
+            committed = False
+        elif body.block.style == "collected" and left is None:
+            assert raised is None
             committed = False
         elif left is not None:
             if raised is not left:  # an interrupt struck on the way out
@@ -649,6 +732,8 @@ class Sessions(RuleBasedStateMachine):
         abandoned = body.block.style == "abandoned"
         disturbed = self.disturbances > body.disturbances
         for talk in body.talks:
+            # Who has the state of a block that was begun by hand holds the session.
+            talk.expired = talk.expired if abandoned else talk.state
             talk.state = talk.borrower = None
             if talk.closed:
                 if abandoned or disturbed:  # what was interrupted is finished by the next call
@@ -698,6 +783,23 @@ class Sessions(RuleBasedStateMachine):
             if not talk.saved:
                 talk.engine = None
         return error
+
+    def do_misuse(self, act: Misuse) -> None:
+        """Do something wrong, which is refused and changes nothing."""
+        talk = self.talks[act.session]
+        names = [name for name in Session.__slots__ if not name.startswith("__")]
+        before = [copied(getattr(talk.session, name)) for name in names]
+        disturbances = self.disturbances
+        state = talk.expired
+        if act.what in PROXIES:
+            slots, proxy = self.engines[0].slots, weakref.proxy(talk.session)
+            error = self.attempt(lambda: PROXIES[act.what](slots, proxy))
+            assert type(error) is TypeError
+        elif state is not None:
+            error = self.attempt(lambda: MEMBERS[act.what](state))
+            assert type(error) is BorrowExpiredError
+        assert self.disturbances == disturbances
+        assert [copied(getattr(talk.session, name)) for name in names] == before
 
     def attempt(self, call: Callable[[], object]) -> BaseException | None:
         """Call something, and return what it raised, without what it was raised from."""
@@ -811,7 +913,7 @@ class Body:
         talk.cache = cache.latest() if cache is not None and cache.latest().is_live else None
         return error, False
 
-    def act(  # noqa: C901, PLR0911 a case for each act
+    def act(  # noqa: C901, PLR0911, PLR0912 a case for each act
         self, talk: Talk, act: Act
     ) -> BaseException | None:
         """Do one thing, and return the error it ended in."""
@@ -826,6 +928,9 @@ class Body:
                 return machine.do_close(act.what)
             case Evict():
                 return machine.do_evict(act.what)
+            case Misuse():
+                machine.do_misuse(act.what)
+                return None
             case Block():
                 return machine.run(act.what)
             case Append(tokens=tokens):
@@ -965,9 +1070,21 @@ class Body:
         return error
 
 
+# Hypothesis looks for what refers to its generator, and doesn't find what `gc.freeze` put aside.
+@pytest.mark.filterwarnings("ignore:It looks like `register_random`")
 def test_any_sequence_of_calls_keeps_all_promises() -> None:
     """Exclusive, atomic, freed once: for every sequence of calls, and wherever something fails."""
     gc.freeze()  # which makes collecting garbage fast
+    tell = sys.unraisablehook
+
+    def unraisable(report: sys.UnraisableHookArgs) -> None:
+        """Pass over what a `release` raises for a session that was closed in a borrow that had no end."""
+        if isinstance(report.exc_value, ERRORS):
+            report.exc_value.__traceback__ = report.exc_value.__context__ = None
+        else:
+            tell(report)
+
+    sys.unraisablehook = unraisable
     try:
         run_state_machine_as_test(
             Sessions,
@@ -982,3 +1099,4 @@ def test_any_sequence_of_calls_keeps_all_promises() -> None:
         )
     finally:
         gc.unfreeze()
+        sys.unraisablehook = tell

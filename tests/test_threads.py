@@ -15,7 +15,7 @@ from typing import cast
 import pytest
 
 from inference_session import Session
-from inference_session._lease import leases, replace_dead
+from inference_session._lease import replace
 from inference_session.engine import BorrowedState, StateSlots
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 
@@ -441,12 +441,9 @@ def test_finalizers_that_close() -> None:
 def test_heirs_of_a_dead_lease() -> None:
     """Of several that find the same dead lease, one gets the session: the others come too late."""
     dead, first, second = (weakref.ref(Session()) for _ in range(3))
-    key = -1  # no object has this id()
-    assert not replace_dead(key, dead, first)
-    leases[key] = dead
-    try:
-        assert replace_dead(key, dead, first)
-        assert not replace_dead(key, dead, second)
-        assert leases[key] is first
-    finally:
-        del leases[key]
+    session = Session()
+    assert not replace(session, dead, first)
+    session._lease = dead
+    assert replace(session, dead, first)
+    assert not replace(session, dead, second)
+    assert session._lease is first

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import sys
+import threading
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
@@ -55,6 +59,88 @@ class Tokens(list[int]):
     """A list of one's own."""
 
 
+class Id(int):
+    """An int of one's own, which compares in its own way."""
+
+    def __ge__(self, other: object) -> bool:
+        return True
+
+    def __lt__(self, other: object) -> bool:
+        return True
+
+    __le__ = __gt__ = __lt__
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __index__(self) -> int:
+        return 5
+
+
+class Liar:
+    """A scalar whose comparison and value disagree."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __ge__(self, other: object) -> bool:
+        return True
+
+    __lt__ = __gt__ = __le__ = __ge__
+
+    def __index__(self) -> int:
+        return self.value
+
+
+class Vector:
+    """A tensor of two elements: one token it's not, and no comparison of it is true or false."""
+
+    def __ge__(self, other: object) -> Vector:
+        return self
+
+    __lt__ = __gt__ = __le__ = __ge__
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("Boolean value of Tensor with more than one value is ambiguous")
+
+    def __index__(self) -> int:
+        raise TypeError("only integer tensors of a single element can be converted to an index")
+
+
+class Failing:
+    """What should be an int, but fails."""
+
+    def __ge__(self, other: object) -> bool:
+        raise RuntimeError("CUDA error")
+
+    __lt__ = __gt__ = __le__ = __ge__
+
+    def __index__(self) -> int:
+        raise RuntimeError("CUDA error")
+
+
+class Once:
+    """An int that is another one when it's read again."""
+
+    def __init__(self, *values: int) -> None:
+        self.values = list(values)
+
+    def __ge__(self, other: int) -> bool:
+        return self.values[0] >= other
+
+    def __index__(self) -> int:
+        return self.values.pop(0) if len(self.values) > 1 else self.values[0]
+
+
 def generate(*tokens: int) -> Iterator[int]:
     """Return a generator."""
     yield from tokens
@@ -95,8 +181,6 @@ GOOD: dict[str, Callable[[], Any]] = {
     "map": lambda: map(int, "123"),
     "deque": lambda: deque([1, 2, 3]),
     "dict keys": {1: 0, 2: 0, 3: 0}.keys,
-    "bytes": lambda: b"\x01\x02\x03",
-    "bytearray": lambda: bytearray(b"\x01\x02\x03"),
     **{f"array {code}": arrays(code) for code in "bBhHiIlLqQ"},
     **{f"view {code}": views(code) for code in "BiIq"},
     **{f"strided {code}": strided(code) for code in "iq"},
@@ -107,6 +191,11 @@ GOOD: dict[str, Callable[[], Any]] = {
     "foreign ints": lambda: [Index(1), Index(2), Index(3)],
     "foreign ints in a tuple": lambda: (Index(1), Index(2), Index(3)),
     "bools among ints": lambda: [True, 2, 3],
+    "own ints": lambda: [Id(1), Id(2), Id(3)],
+    "own ints in a tuple": lambda: (Id(1), Id(2), Id(3)),
+    "own ints from a generator": lambda: generate(Id(1), Id(2), Id(3)),
+    "scalars whose comparisons are always true": lambda: [Liar(1), Liar(2), Liar(3)],
+    "a buffer of bytes that is cast": lambda: memoryview(array("i", [1, 2, 3]).tobytes()).cast("i"),
 }
 GOOD_TOKENS = pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
 
@@ -137,8 +226,8 @@ def test_reuse_prefix_takes_whatever_holds_ints(
 
 @pytest.mark.parametrize(
     "empty",
-    [[], (), range(0), iter(()), b"", array("i"), array("q"), memoryview(b""), Tensor([])],
-    ids=["list", "tuple", "range", "iterator", "bytes", "array", "array q", "view", "tensor"],
+    [[], (), range(0), iter(()), array("i"), array("q"), memoryview(array("i")), Tensor([])],
+    ids=["list", "tuple", "range", "iterator", "array", "array q", "view", "tensor"],
 )
 def test_no_tokens(state: BorrowedState[list[int]], empty: Any) -> None:
     """Nothing is a fine number of tokens."""
@@ -221,6 +310,26 @@ BAD: dict[str, tuple[Callable[[], Any], int]] = {
     "one list within": (lambda: [[1]], 0),
     "two dimensions": (lambda: memoryview(array("i", range(6))).cast("B").cast("i", (2, 3)), 0),
     "a tensor of two dimensions": (lambda: Tensor([[1, 2], [3, 4]]), 0),
+    "own and negative": (lambda: [1, Id(-5)], 1),
+    "only own and negative": (lambda: [Id(-5)], 0),
+    "own and negative in a tuple": (lambda: (Id(-5), 1), 0),
+    "own and negative from a generator": (lambda: generate(1, 2, Id(-5)), 2),
+    "own and too large": (lambda: [1, Id(2**31)], 1),
+    "negative, though it compares as not": (lambda: [1, Liar(-7), 2], 1),
+    "only negative, though it compares as not": (lambda: [Liar(-7)], 0),
+    "negative in a tuple, though it compares as not": (lambda: (Liar(-7),), 0),
+    "too large, though it compares as not": (lambda: [Liar(2**31)], 0),
+    "a vector": (lambda: [1, Vector()], 1),
+    "only a vector": (lambda: [Vector()], 0),
+    "a vector in a tuple": (lambda: (1, 2, Vector()), 2),
+    "a vector from an iterator": (lambda: iter([Vector(), 1]), 0),
+    "a vector in a tensor": (lambda: Tensor([1, Vector()]), 1),
+    "an index that fails": (lambda: [1, Failing()], 1),
+    "only an index that fails": (lambda: [Failing()], 0),
+    "an index that fails in a tuple": (lambda: (1, Failing()), 1),
+    "an index that fails in an iterator": (lambda: iter([1, 2, Failing()]), 2),
+    "bools in a tensor": (lambda: Tensor([True, False]), 0),
+    "a bool in a tensor": (lambda: Tensor([1, True]), 1),
 }
 BAD_TOKENS = pytest.mark.parametrize(("make", "position"), BAD.values(), ids=BAD.keys())
 
@@ -251,7 +360,139 @@ def test_reuse_prefix_refuses_what_is_no_token(
     assert state.token_history == [1, 2, 3]
 
 
-@pytest.mark.parametrize("use", [append, reuse_prefix])
+BYTES: dict[str, Callable[[], Any]] = {
+    "bytes": lambda: b"12",
+    "no bytes": lambda: b"",
+    "bytearray": lambda: bytearray(b"12"),
+    "view of bytes": lambda: memoryview(b"12"),
+    "view of a bytearray": lambda: memoryview(bytearray(b"12")),
+    "part of a view": lambda: memoryview(b"1234")[::2],
+    "signed view": lambda: memoryview(b"12").cast("b"),
+    "view of 64 bits": lambda: memoryview(bytes(16)).cast("q"),
+}
+uses = pytest.mark.parametrize("use", [append, reuse_prefix])
+
+
+@uses
+@pytest.mark.parametrize("make", BYTES.values(), ids=BYTES.keys())
+def test_bytes_are_no_tokens(
+    state: BorrowedState[list[int]],
+    use: Callable[[BorrowedState[list[int]], Any], None],
+    make: Callable[[], Any],
+) -> None:
+    """A text that somebody forgot to tokenize isn't taken for tokens: its bytes would be ints from 0 to 255."""
+    with pytest.raises(ValueError, match="token ids must be ints, not the bytes of a"):
+        use(state, make())
+    assert state.token_history == [7, 8]
+
+
+@uses
+@pytest.mark.parametrize("container", [list[Any], tuple[Any, ...], iter], ids=str)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=repr)
+def test_an_index_that_is_interrupted(
+    state: BorrowedState[list[int]],
+    use: Callable[[BorrowedState[list[int]], Any], None],
+    container: Callable[[list[Any]], Any],
+    error: BaseException,
+) -> None:
+    """An interrupt, or a lack of memory, isn't taken for a wrong token: it goes on, and nothing is added."""
+
+    class Interrupted:
+        def __index__(self) -> int:
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        use(state, container([1, 2, Interrupted()]))
+    assert caught.value is error
+    assert state.token_history == [7, 8]
+
+
+@uses
+@pytest.mark.parametrize("number", [0, 1, 20])
+@pytest.mark.parametrize("values", [(9, -1), (-1, 9), (9, 2**31), (2**31, 9)], ids=repr)
+def test_an_index_that_changes(
+    state: BorrowedState[list[int]],
+    use: Callable[[BorrowedState[list[int]], Any], None],
+    values: tuple[int, int],
+    number: int,
+) -> None:
+    """The very value that is looked at is the one that is added: one that changes in between never gets in unseen."""
+    for container in (list[Any], tuple[Any, ...], iter):
+        state.rewind(0)
+        with suppress(ValueError):
+            use(state, container([*[1] * number, Once(*values)]))
+        assert state.token_history[:] in ([], [*[1] * number, 9])
+
+
+@uses
+def test_a_list_that_shrinks_meanwhile(
+    state: BorrowedState[list[int]], use: Callable[[BorrowedState[list[int]], Any], None]
+) -> None:
+    """A list that loses tokens while it's read is refused, or taken as it was: nothing that was in no list gets in."""
+
+    class Shrinks:
+        def __index__(self) -> int:
+            del tokens[1:]
+            return 5
+
+    tokens: list[Any] = [Shrinks(), *range(50)]
+    with suppress(ValueError):
+        use(state, tokens)
+    assert state.token_history[:] in ([7, 8], [7, 8, 5], [5])
+
+
+@uses
+def test_a_list_that_grows_meanwhile(
+    state: BorrowedState[list[int]], use: Callable[[BorrowedState[list[int]], Any], None]
+) -> None:
+    """What comes to a list while it's read is checked, too, or stays out."""
+
+    class Grows:
+        def __index__(self) -> int:
+            tokens.extend([-1] * 100)
+            return 5
+
+    tokens: list[Any] = [1, Grows(), 2]
+    with suppress(ValueError):
+        use(state, tokens)
+    assert state.token_history[:] in ([7, 8], [7, 8, 1, 5, 2], [1, 5, 2])
+
+
+@uses
+@pytest.mark.parametrize("length", [1, 40, 2000])
+def test_a_list_that_another_thread_writes_to(
+    state: BorrowedState[list[int]],
+    use: Callable[[BorrowedState[list[int]], Any], None],
+    length: int,
+) -> None:
+    """However a list changes while it's read, no id gets in that is none."""
+    tokens = [1] * length
+    position = length * 3 // 4
+    finished = threading.Event()
+
+    def write() -> None:
+        while not finished.is_set():
+            tokens[position] = -1
+            tokens[position] = 1
+
+    interval = sys.getswitchinterval()
+    writer = threading.Thread(target=write)
+    sys.setswitchinterval(1e-5)
+    try:
+        writer.start()
+        end = time.monotonic() + 0.4
+        while time.monotonic() < end:
+            with suppress(ValueError):
+                use(state, tokens)
+            assert all(token >= 0 for token in state.token_history)
+            state.rewind(0)
+    finally:
+        finished.set()
+        writer.join()
+        sys.setswitchinterval(interval)
+
+
+@uses
 @pytest.mark.parametrize(
     "wrong",
     [None, 5, 1.5, object(), Index(1), Tensor(5), ctypes.c_int(5)],
@@ -268,7 +509,7 @@ def test_no_container(
     assert state.token_history == [7, 8]
 
 
-@pytest.mark.parametrize("use", [append, reuse_prefix])
+@uses
 def test_generator_that_fails(
     state: BorrowedState[list[int]], use: Callable[[BorrowedState[list[int]], Any], None]
 ) -> None:
@@ -351,6 +592,67 @@ def test_numpy_scalar(state: BorrowedState[list[int]]) -> None:
     for scalar in (np.int32(5), np.array(5, "int32")):
         with pytest.raises(TypeError):
             state.append(scalar)
+
+
+@uses
+@pytest.mark.parametrize("values", [[True, False], [False], [True] * 100], ids=len)
+def test_numpy_masks(
+    state: BorrowedState[list[int]],
+    use: Callable[[BorrowedState[list[int]], Any], None],
+    values: list[bool],
+) -> None:
+    """An attention mask, which is easily mistaken for the tokens that it belongs to, isn't taken for ids 0 and 1."""
+    np = pytest.importorskip("numpy")
+    for tokens in (np.array(values), np.array(values)[::-1], memoryview(np.array(values))):
+        with pytest.raises(ValueError, match="the one at position 0 is not"):
+            use(state, tokens)
+    assert state.token_history == [7, 8]
+
+
+@uses
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
+def test_numpy_masked_arrays(
+    state: BorrowedState[list[int]],
+    use: Callable[[BorrowedState[list[int]], Any], None],
+    dtype: str,
+) -> None:
+    """What a masked array hides is no token: it isn't read from the memory beneath."""
+    np = pytest.importorskip("numpy")
+    for masked in range(3):
+        mask = [position == masked for position in range(3)]
+        tokens = np.ma.array([7, 8, 9], dtype, mask=mask)
+        with pytest.raises(ValueError, match=f"the one at position {masked} is not"):
+            use(state, tokens)
+        assert state.token_history == [7, 8]
+
+
+@uses
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+@pytest.mark.parametrize("mask", [False, [False] * 3], ids=["no mask", "nothing masked"])
+def test_numpy_masked_arrays_that_hide_nothing(
+    state: BorrowedState[list[int]],
+    use: Callable[[BorrowedState[list[int]], Any], None],
+    dtype: str,
+    mask: Any,
+) -> None:
+    """A masked array that hides nothing is as good as any other."""
+    np = pytest.importorskip("numpy")
+    state.rewind(0)
+    use(state, np.ma.array([1, 2, 3], dtype, mask=mask))
+    assert state.token_history == [1, 2, 3]
+
+
+@uses
+def test_numpy_arrays_among_tokens(
+    state: BorrowedState[list[int]], use: Callable[[BorrowedState[list[int]], Any], None]
+) -> None:
+    """An array of two ids isn't one of them, wherever it stands."""
+    np = pytest.importorskip("numpy")
+    two = np.array([1, 2])
+    for tokens in ([two], [1, two], (two, 1), iter([two]), np.array([[1, 2]])):
+        with pytest.raises(ValueError, match="token ids must be ints"):
+            use(state, tokens)
+    assert state.token_history == [7, 8]
 
 
 # Against a plain model

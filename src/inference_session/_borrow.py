@@ -1,38 +1,55 @@
-"""The borrow: one session's state for one `with` block, exclusive and atomic."""
+"""The borrow: one session's state, or a batch of them, for one `with` block, exclusive and atomic."""
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from operator import index
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, TypeVar, final
-from weakref import ref
+from typing import Generic, TypeVar, final, overload
 
 from attrs import define, field
 
 from inference_session import _fork
-from inference_session._history import TokenHistory
-from inference_session._lease import Lease, LeasedBlock, expired, leases, no_exit
-from inference_session._ledger import NO_CACHE, NO_TOKENS, Ledger
-from inference_session._session import Session
-from inference_session._tokens import as_tokens, checked_copy, common_prefix_length
+from inference_session._lease import Lease, LeasedBlock, expired, nobody, replace
+from inference_session._never_copied import NeverCopied
+from inference_session._session import NO_CACHE, CacheFunctions, Session
+from inference_session._tokens import (
+    NO_TOKENS,
+    as_tokens,
+    checked,
+    checked_copy,
+    common_prefix_length,
+    copy_of,
+)
+from inference_session._transaction import (
+    check_length,
+    create_cache,
+    cut_cache,
+    new_savepoint,
+    recover,
+    replace_cache,
+    rewrite,
+    roll_back,
+)
 from inference_session.exceptions import (
     BorrowExpiredError,
+    SessionBusyError,
     SessionClosedError,
-    SessionError,
     SessionForkedError,
     SessionOwnerError,
 )
 
 
-if TYPE_CHECKING:
-    from inference_session._slots import StateSlots
-
 KV = TypeVar("KV")
+
+_running: bool | None = True
+"""None when the interpreter ends, as all globals of a module may be. The session is then left to its finalizer."""
 
 
 @final
-@define(eq=False, repr=False)
-class BorrowedState(LeasedBlock, Generic[KV]):
+@define(eq=False, repr=False, init=False, getstate_setstate=False)
+class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
     """The tokens and the KV cache of one session, for the length of one `with` block.
 
     It comes from `StateSlots.borrow` and `StateSlots.borrow_all`. The token history is the truth; the KV cache covers
@@ -42,10 +59,20 @@ class BorrowedState(LeasedBlock, Generic[KV]):
     After the block, every member raises `BorrowExpiredError`.
     """
 
+    __module__ = "inference_session.engine"
+
     _session: Session
-    _slots: "StateSlots[KV]"
-    _lease: Lease = field(init=False, default=expired)
-    _ledger: Ledger[KV] = field(init=False)
+    _slots: CacheFunctions[KV] = field(repr=False)
+
+    _instead = (
+        "as it is valid for one `with` block only: borrow the session where you need its state"
+    )
+
+    def __init__(self, session: Session, slots: CacheFunctions[KV]) -> None:
+        self._lease = self._exit = nobody
+        self._hold = None
+        self._session = session
+        self._slots = slots
 
     @property
     def kv_cache(self) -> KV:
@@ -57,15 +84,19 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         Raises:
             StateMismatchError: if the cache that `create` returned isn't empty.
         """
-        lease = self._lease  # CPython takes longer to call it where it stands
-        if lease() is None:
-            raise BorrowExpiredError(self._session.id)
-        cache = self._ledger.kv_cache
-        return self._ledger.open_cache() if cache is NO_CACHE else cache
+        session, lease = self._session, self._lease
+        if lease() is None or session._pid != _fork.pid or session._writer is not lease:
+            session = self._current()
+        if session._kv_cache is NO_CACHE:
+            create_cache(session, self._slots, lease)
+        return session._kv_cache  # type: ignore[no-any-return]
 
     @kv_cache.setter
     def kv_cache(self, cache: KV) -> None:
-        self._current().replace_cache(cache)
+        try:
+            replace_cache(self._current(), self._lease, cache)
+        finally:
+            del cache  # a traceback keeps this frame
 
     @property
     def token_history(self) -> Sequence[int]:
@@ -76,13 +107,13 @@ class BorrowedState(LeasedBlock, Generic[KV]):
     @property
     def kv_length(self) -> int:
         """How many tokens of the history the KV cache covers."""
-        return self._current().kv_length
+        return self._current()._kv_length
 
     @property
     def pending(self) -> Sequence[int]:
         """The tokens that the KV cache doesn't cover yet, `token_history[kv_length:]`: a new list each time."""
-        ledger = self._current()
-        return ledger.history[ledger.kv_length :].tolist()
+        session = self._current()
+        return session._token_history[session._kv_length :].tolist()
 
     def append(self, tokens: Iterable[int]) -> None:
         """Add tokens to the end of the history: all of them, or none and an error.
@@ -95,20 +126,20 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             ValueError: if an id isn't such an int.
             TypeError: if `tokens` isn't iterable.
         """
-        lease = self._lease
-        if lease() is None:
-            raise BorrowExpiredError(self._session.id)
-        history = self._ledger.history
+        session, lease = self._session, self._lease
         try:
-            if (
-                isinstance(tokens, list)
-                and (tokens[0] if len(tokens) == 1 else min(tokens, default=0)) >= 0
-            ):
-                history.fromlist(tokens)  # nothing is quicker for the one token of a decode
-                return
-        except (TypeError, OverflowError):
-            pass
-        history.extend(checked_copy(as_tokens(tokens)))
+            token = tokens[0] if isinstance(tokens, list) and len(tokens) == 1 else None
+            if type(token) is int and 0 <= token < 2**31:  # of a decode step: nothing is quicker
+                if lease() is None or session._pid != _fork.pid or session._writer is not lease:
+                    session = self._current()
+                session._token_history.append(token)
+            else:
+                self._current()
+                added = checked_copy(tokens)
+                self._current()._token_history.extend(added)
+        finally:
+            tokens = added = NO_TOKENS  # a traceback keeps this frame
+            token = None
 
     def advance(self, count: int) -> None:
         """Say that the model was fed the next `count` pending tokens, so that the KV cache covers them now.
@@ -117,19 +148,16 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             ValueError: if `count` is negative, or more than are pending.
             StateMismatchError: if `length(kv_cache)` hasn't grown by `count`.
         """
-        lease = self._lease
-        if lease() is None:
-            raise BorrowExpiredError(self._session.id)
-        ledger = self._ledger
-        covered = ledger.kv_length + index(count)
-        if not ledger.kv_length <= covered <= len(ledger.history):
-            pending = len(ledger.history) - ledger.kv_length
+        count = index(count)
+        session, lease = self._session, self._lease
+        if lease() is None or session._pid != _fork.pid or session._writer is not lease:
+            session = self._current()
+        covered = session._kv_length + count
+        if not session._kv_length <= covered <= len(session._token_history):
+            pending = len(session._token_history) - session._kv_length
             raise ValueError(f"can't advance by {count} tokens, as {pending} are pending")
-        cache, length_of = ledger.kv_cache, ledger.slots.length
-        length = 0 if cache is NO_CACHE else length_of(cache)
-        if length != covered:  # what check_cache does, less a call, as every step comes here
-            raise ledger.mismatch(covered, length)
-        ledger.kv_length = covered
+        check_length(session, self._slots, lease, covered)
+        session._kv_length = covered
 
     def commit(self) -> None:
         """Make this the state that a later failure in the block goes back to.
@@ -137,10 +165,12 @@ class BorrowedState(LeasedBlock, Generic[KV]):
         Raises:
             StateMismatchError: if the KV cache doesn't cover `kv_length` tokens; nothing is committed then.
         """
-        ledger, registration = self._current(), self._session._registration
-        ledger.savepoint = ledger.new_savepoint()
-        if registration is not None:
-            registration.make_room()
+        session, lease = self._session, self._lease
+        if lease() is None or session._pid != _fork.pid or session._writer is not lease:
+            session = self._current()
+        session._savepoint = new_savepoint(session, self._slots, lease)
+        if (observer := session._observer) is not None:
+            observer.settled(session)
 
     def rewind(self, length: int, *, pending: int = 1) -> None:
         """Forget all but the first `length` tokens of the history.
@@ -153,16 +183,16 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             ValueError: if the history is shorter than `length`, or a number is negative.
             StateMismatchError: if `truncate` didn't do as it should.
         """
-        ledger = self._current()
         length, pending = index(length), index(pending)
-        if not 0 <= length <= len(ledger.history):
+        session = self._current()
+        if not 0 <= length <= len(session._token_history):
             raise ValueError(
-                f"can't rewind to {length} tokens, as the history has {len(ledger.history)}"
+                f"can't rewind to {length} tokens, as the history has {len(session._token_history)}"
             )
         if pending < 0:
             raise ValueError(f"pending must not be negative, got {pending}")
-        ledger.cut_cache(max(length - pending, 0))
-        ledger.rewrite(length, NO_TOKENS)
+        cut_cache(session, self._slots, self._lease, max(length - pending, 0))
+        rewrite(session, self._lease, length, NO_TOKENS)
 
     def reuse_prefix(self, tokens: Iterable[int]) -> int:
         """Make `tokens` the history, and keep what is cached of the longest prefix that they have in common with it.
@@ -180,59 +210,83 @@ class BorrowedState(LeasedBlock, Generic[KV]):
             TypeError: if `tokens` isn't iterable.
             StateMismatchError: if `truncate` didn't do as it should.
         """
-        ledger = self._current()
-        wanted = as_tokens(tokens)
-        common = common_prefix_length(ledger.history, wanted)
-        rest = checked_copy(wanted, common)
-        ledger.cut_cache(max(min(common, len(wanted) - 1), 0))
-        ledger.rewrite(common, rest)
-        return ledger.kv_length
+        try:
+            self._current()
+            wanted = as_tokens(tokens)
+            session = self._current()
+            common = common_prefix_length(session._token_history, wanted)
+            rest = checked(copy_of(wanted[common:]), common)
+            length = max(min(common, len(wanted) - 1), 0)
+            cut_cache(session, self._slots, self._lease, length)
+            rewrite(session, self._lease, common, rest)
+            return session._kv_length
+        finally:
+            tokens = wanted = rest = NO_TOKENS  # a traceback keeps this frame
 
     def __repr__(self) -> str:
-        if self._lease() is None:
-            return f"<BorrowedState of session {self._session.id}, not borrowed>"
-        tokens, covered = len(self._ledger.history), self._ledger.kv_length
-        return f"<BorrowedState of session {self._session.id}, {tokens} tokens, {covered} in the KV cache>"
+        session = self._session
+        if session._writer is not self._lease or self._lease() is None:
+            return f"<BorrowedState of session {session.id}, not borrowed>"
+        tokens, covered = len(session._token_history), session._kv_length
+        return (
+            f"<BorrowedState of session {session.id}, {tokens} tokens, {covered} in the KV cache>"
+        )
 
-    def _current(self) -> Ledger[KV]:
-        if self._lease() is None:
-            raise BorrowExpiredError(self._session.id)
-        return self._ledger
+    def _current(self) -> Session:
+        """Return the session, if this block is still its writer.
+
+        From here to the caller's next call, all is one instant: so this stands right before a write.
+        """
+        session, lease = self._session, self._lease
+        if session._pid != _fork.pid and session._is_forked():
+            raise SessionForkedError(session._id)
+        if lease() is None or session._writer is not lease:
+            raise BorrowExpiredError(session._id)
+        return session
 
     def __enter__(self) -> "BorrowedState[KV]":
-        if self._exit.__class__ is not partial:
-            self._begin()  # raises; what follows is the rest of it, less a call
-        try:
-            lease = ref(self._exit)
-            self._exit = no_exit
-            self._take(self._keep() if lease() is None else lease)
-        except BaseException:
-            self._exit = no_exit
-            raise
+        self._take(self._begin())
         return self
 
     def _take(self, lease: Lease) -> None:
+        """Take the session under a lease, or raise why it can't be taken, which changes nothing."""
+        session = self._session
+        if type(session) is not Session:  # nor a proxy of one, whatever it says that it is
+            raise TypeError(f"only a Session can be borrowed, got {type(session).__name__!r}")
+        if session._closed or session._slots is not self._slots or session._pid != _fork.pid:
+            self._check_free()
+        last = session._lease
+        if last() is not None or not replace(session, last, lease):
+            raise SessionBusyError(session._id)
+        try:
+            if last is not nobody:
+                recover(session, last)
+        except BaseException:
+            session._lease = expired  # left to the next
+            raise
+        # Only now nobody else changes it. Since it was looked at, it may have been closed, or begun by another engine.
+        if session._closed or session._slots is not self._slots:
+            self._begin_session()
+        self._lease = session._writer = lease
+
+    def _check_free(self) -> None:
+        session = self._session
+        if session._is_forked():
+            raise SessionForkedError(session._id)
+        if session._closed:
+            raise SessionClosedError(session._id)
+        if session._slots not in (None, self._slots) and not session._is_empty():
+            raise SessionOwnerError(session._id)
+
+    def _begin_session(self) -> None:
+        """Be the first to use a session that holds nothing; or give it back and raise."""
         session = self._session
         try:
-            ledger = session._ledger
-        except AttributeError:
-            if isinstance(session, Session):
-                raise  # not initialised
-            raise TypeError(
-                f"only a Session can be borrowed, got {type(session).__name__!r}"
-            ) from None
-        if (
-            ledger is None
-            or ledger.slots is not self._slots
-            or session._closed
-            or session._generation != _fork.generation
-        ):
-            self._check_free()  # before it is taken, so as to be in nobody's way
-            ledger = None
-        taken = leases.setdefault(id(session), lease) is lease
-        if not taken or ledger is None or ledger is not session._ledger or session._closed:
-            ledger = self._take_carefully(lease)
-        self._ledger, self._lease = ledger, lease
+            self._check_free()
+        except BaseException:
+            session._give_back()
+            raise
+        session._slots, session._token_history = self._slots, array("i")
 
     def _end(
         self,
@@ -243,69 +297,158 @@ class BorrowedState(LeasedBlock, Generic[KV]):
     ) -> None:
         session = self._session
         try:
-            if self._lease is expired:
-                raise BorrowExpiredError(session.id)
-            if session._generation != _fork.generation:
-                self._leave(exc_type)
-                return
-            if exc_type is not None:
-                self._undo(exc)
-                return
-            try:
-                self._ledger.savepoint = savepoint = self._ledger.new_savepoint()
-            except BaseException as failure:
-                self._undo(failure)
-                raise
-            self._lease = expired
-            if (
-                savepoint[0] > 0 and session._registration is None
-            ):  # what _give_back does, less two calls
-                del leases[id(session)]
-                if session._closed:
-                    session._free()
-            else:
+            if not self._stop(self):
+                if exc_type is None:
+                    raise BorrowExpiredError(session._id)
+            elif session._pid != _fork.pid and session._is_forked():
+                if exc_type is None:
+                    raise SessionForkedError(session._id)
+            elif exc_type is None:
+                try:
+                    session._savepoint = new_savepoint(session, self._slots, nobody)
+                except BaseException as failure:
+                    self._undo(failure)
+                    raise
                 session._give_back()
+            else:
+                self._undo(exc)
         finally:
-            self._exit = no_exit
+            self._hold = None
 
-    def _check_free(self) -> None:
-        session = self._session
-        if session._generation != _fork.generation:
-            raise SessionForkedError(session.id)
-        if session._closed:
-            raise SessionClosedError(session.id)
-        ledger = session._ledger
-        if ledger is not None and ledger.slots is not self._slots and not ledger.is_blank():
-            raise SessionOwnerError(session.id)
+    def _stop(self, block: LeasedBlock) -> bool:
+        """Let nothing that the block began write any more, and return whether it still has the session.
 
-    def _take_carefully(self, lease: Lease) -> Ledger[KV]:
-        """Take a session that is new, busy, unfinished, or has changed since it was found free."""
-        session = self._session
-        unfinished, ledger = session._take(lease), session._ledger
-        if ledger is not None:
-            if unfinished:
-                ledger.roll_back()
-            if ledger.is_blank():
-                session._ledger = None
-        try:
-            self._check_free()
-        except SessionError:
-            session._give_back()
-            raise
-        if session._ledger is None:
-            session._ledger = session._new_ledger(self._slots)
-        return session._ledger
+        The garbage collector may have ended the lease too early. Then the session is taken back, unless somebody else
+        took it.
+        """
+        session, lease = self._session, self._lease
+        self._lease = expired
+        if lease is nobody or session._lease is not lease or not _running:
+            return False
+        if lease() is None and not replace(session, lease, block._hold_by_hand()):
+            return False
+        session._writer = nobody
+        return True
 
     def _undo(self, failure: BaseException | None) -> None:
-        self._ledger.roll_back(failure)
-        self._give_back(failure)
-
-    def _give_back(self, failure: BaseException | None = None) -> None:
-        self._lease = expired
+        roll_back(self._session, self._slots, failure)
         self._session._give_back(failure)
 
-    def _leave(self, exc_type: type[BaseException] | None) -> None:
-        """End in a forked child, where neither the session nor its KV cache may be touched."""
+
+@final
+@define(eq=False, repr=False, init=False, getstate_setstate=False)
+class BorrowedBatch(LeasedBlock, NeverCopied, Generic[KV]):
+    """Borrows of several sessions, which begin and end together."""
+
+    _states: "list[BorrowedState[KV]]" = field(repr=False)
+
+    _instead = (
+        "as it is valid for one `with` block only: borrow the sessions where you need their states"
+    )
+
+    def __init__(self, states: "list[BorrowedState[KV]]") -> None:
+        self._lease = self._exit = nobody
+        self._hold = None
+        self._states = states
+
+    def __enter__(self) -> list[BorrowedState[KV]]:
+        lease = self._begin()
+        taken: list[BorrowedState[KV]] = []
+        try:
+            for state in self._states:
+                state._take(lease)
+                taken.append(state)
+        except BaseException:
+            try:
+                for state in taken:
+                    state._stop(self)
+                    state._session._give_back()
+            finally:
+                self._lease, self._hold = expired, None
+            raise
+        self._lease = lease
+        return taken
+
+    def _end(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
         self._lease = expired
-        if exc_type is None:
-            raise SessionForkedError(self._session.id)
+        try:
+            held = [state for state in self._states if state._stop(self)]
+            if held and held[0]._session._is_forked():  # so are all of them
+                if exc_type is None:
+                    raise SessionForkedError(held[0]._session._id)
+            elif exc_type is None and len(held) == len(self._states):
+                self._commit()
+            else:
+                self._undo(held, exc)
+                if exc_type is None:
+                    lost = next(state for state in self._states if state not in held)
+                    raise BorrowExpiredError(lost._session._id)
+        finally:
+            self._hold = None
+
+    def _commit(self) -> None:
+        sessions = [state._session for state in self._states]
+        try:
+            for state in self._states:
+                check_length(state._session, state._slots, nobody, state._session._kv_length)
+            savepoints = [
+                new_savepoint(state._session, state._slots, nobody) for state in self._states
+            ]
+            # All at once: a call that stays within C code is one instant.
+            deque(map(setattr, sessions, repeat("_savepoint"), savepoints), maxlen=0)
+        except BaseException as failure:
+            self._undo(self._states, failure)
+            raise
+        error = None
+        for session in sessions:
+            try:
+                session._give_back()
+            except Exception as raised:  # noqa: BLE001 of the release of a session closed meanwhile
+                error = raised
+        if error is not None:
+            raise error
+
+    def _undo(self, states: "list[BorrowedState[KV]]", failure: BaseException | None) -> None:
+        for state in states:
+            state._undo(failure)
+
+
+@final
+@define(eq=False, repr=False, getstate_setstate=False)
+class TokenHistory(NeverCopied, Sequence[int]):
+    """A read-only view of the tokens: as long as the borrow lasts, and always current."""
+
+    _read: Callable[[], Session] = field(repr=False)
+
+    _instead = "as it is valid for one `with` block only: slice it, `token_history[:]` is a list"
+
+    @overload
+    def __getitem__(self, position: int, /) -> int: ...
+    @overload
+    def __getitem__(self, position: slice, /) -> list[int]: ...
+    def __getitem__(self, position: int | slice, /) -> int | list[int]:
+        if isinstance(position, slice):
+            return self._read()._token_history[position].tolist()
+        return self._read()._token_history[position]
+
+    def __len__(self) -> int:
+        return len(self._read()._token_history)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self[:])
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Sequence):
+            return self[:] == list(other)  # pyright: ignore[reportUnknownArgumentType]
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # it changes
+
+    def __repr__(self) -> str:
+        return f"<token history, {len(self)} tokens>"

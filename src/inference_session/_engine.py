@@ -10,18 +10,28 @@ from inference_session._session import Session
 
 @frozen
 class PrefillResult:
-    """What `Engine.prefill` returns."""
+    """What `Engine.prefill` returns.
+
+    Args:
+        tokens_processed: how many tokens were added to the session.
+    """
+
+    __module__ = "inference_session.engine"
 
     tokens_processed: int
-    """How many tokens were added to the session."""
 
 
 @frozen
 class DecodeResult:
-    """What `Engine.decode` returns. Its `repr` doesn't show the token."""
+    """What `Engine.decode` returns. Its `repr` doesn't show the token.
+
+    Args:
+        token: the id of the next token, which the session's history now ends with.
+    """
+
+    __module__ = "inference_session.engine"
 
     token: int = field(repr=False)
-    """The id of the next token, which the session's history now ends with."""
 
 
 class Engine(Protocol):
@@ -44,3 +54,8 @@ class Engine(Protocol):
             SessionError: if the session can't be borrowed.
         """
         ...
+
+
+Engine.__module__ = (
+    "inference_session.engine"  # not in the class, where it would be a member of the protocol
+)

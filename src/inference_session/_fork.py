@@ -1,21 +1,58 @@
-"""Which process this is: `fork` copies sessions, and the copies must not act."""
+"""Which process this is: a fork copies sessions, and the copies must not act.
+
+A hook alone can't tell, as hooks run in the order in which they were registered: one that is older than this module's
+runs in the child before it. So for as long as a fork is under way nobody is trusted but the operating system.
+"""
 
 import os
-from collections.abc import Callable
+
+from inference_session._lock import lock, locked
 
 
-generation: int = 0
-"""How many forks lie between the process that imported this and the present one."""
+pid: int = os.getpid()
+"""The id of this process; 0 while a fork is under way, on both sides of it."""
+
+_forks = 0
+"""How many threads are forking now."""
 
 
-def in_child(do: Callable[[], None]) -> Callable[[], None]:
-    """Have something done in every forked child, before anything else is."""
-    if hasattr(os, "register_at_fork"):  # not on Windows, which can't fork
-        os.register_at_fork(after_in_child=do)
-    return do
+def is_here(process: int) -> bool:
+    """Return whether this is the process with that id. Where speed matters, compare with `pid` first."""
+    return process == (pid or os.getpid())
 
 
-@in_child
-def _begin_generation() -> None:
-    global generation  # noqa: PLW0603 read wherever a session is taken, so nothing is faster
-    generation += 1
+def _before() -> None:
+    global pid, _forks  # noqa: PLW0603 read wherever a session is taken, so nothing is faster
+    for _ in locked:
+        try:
+            _forks += 1
+            pid = 0
+        finally:
+            lock.release()
+        break
+
+
+def _after_in_parent() -> None:
+    global pid, _forks  # noqa: PLW0603
+    here = os.getpid()
+    for _ in locked:
+        try:
+            if _forks:
+                _forks -= 1
+            if not _forks:
+                pid = here
+        finally:
+            lock.release()
+        break
+
+
+def _after_in_child() -> None:
+    global pid, _forks  # noqa: PLW0603
+    _forks = 0
+    pid = os.getpid()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which can't fork
+    os.register_at_fork(
+        before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+    )

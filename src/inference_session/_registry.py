@@ -1,29 +1,28 @@
 """The registry: many sessions by their ids, and the limits that they share.
 
-A lock guards the books; no code of others runs while it is held. So what is done under the lock makes no call: Python
-lets neither a signal handler in then, nor what a signal raises, and all of it is one instant. An entry is moved by one
-turn of a loop over a `map`, which is none. What others wrote (`nbytes`, `release`) is called before or after, under the
-session's lease.
+The lock guards the books, and no code of others runs while it is held: what is done under it makes no call and no
+container, so that neither a signal handler nor a finalizer comes in (`_lease` tells more). That is why the order of use
+is a linked list, whose links are set one by one. What others wrote (`nbytes`, `release`) is called before or after,
+with the session taken.
 """
 
+import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import partial
 from operator import index
-from threading import RLock
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, SupportsIndex, TypeVar, cast, final
+from typing import Any, Final, final
 from uuid import UUID
 from weakref import ReferenceType, ref
 
-from attrs import define
+from attrs import define, field
 
-from inference_session import _fork
-from inference_session._lease import Lease, leases
-from inference_session._ledger import NO_CACHE, Ledger, Savepoint
-from inference_session._session import Keeper, Session, not_a_uuid
+from inference_session._lease import Lease, nobody, take
+from inference_session._lock import lock as _lock
+from inference_session._lock import locked as _locked
+from inference_session._never_copied import NeverCopied
+from inference_session._session import NO_CACHE, Maintenance, Session, not_a_uuid
 from inference_session.exceptions import (
     RegistryFullError,
     SessionExistsError,
@@ -31,107 +30,86 @@ from inference_session.exceptions import (
 )
 
 
-if TYPE_CHECKING:
-    from inference_session._slots import StateSlots
-
-KV = TypeVar("KV")
-
-_move_to_end: Final = OrderedDict[int, Any].move_to_end
-
-_lock = RLock()  # a finalizer can come in at any allocation; it does no harm
-
-
-@_fork.in_child
-def _renew_lock() -> None:
-    global _lock  # noqa: PLW0603 a lock that another thread held can't be made new in place
-    _lock = RLock()
+_log: Final = logging.getLogger("inference_session")
+_ALL: Final[Any] = object()
 
 
 @define(eq=False, repr=False)
-class Registration:
-    """What connects a session to its registry, and tells when it was last used.
+class _Use:
+    """A time of use, to a thousandth of the timeout: sessions that were last used about then share it."""
 
-    Sessions that were last used at about the same time share one.
-    """
-
+    time: float
     registry: "ReferenceType[SessionRegistry]"
     """Weak, or else a registry and its sessions would be garbage in a cycle."""
-    since: float
-    until: float
-    """When the last of them was last used."""
 
-    def new_ledger(self, session_id: UUID, slots: "StateSlots[KV]") -> Ledger[KV]:
-        """Return a ledger whose use the registry takes note of."""
-        return RegisteredLedger(session_id, slots, self.registry)
 
-    def make_room(self) -> None:
+@define(eq=False, repr=False, weakref_slot=False)
+class _Link:
+    """A place in the order of use, between the next older and the next newer one."""
+
+    key: int
+    """The id's int."""
+    use: _Use
+    """When it was last used."""
+    older: "_Link" = field(init=False)
+    newer: "_Link" = field(init=False)
+
+
+class _Entry(_Link):
+    """A session in the books, which the session tells of its steps. There may be millions, so it holds little."""
+
+    __slots__ = ()
+
+    def committing(self, session: Session) -> None:
+        """Take note of a step, and of the KV cache's size. The step fails if that can't be told."""
+        registry = self.use.registry()
+        if registry is not None:
+            registry._use(session, self, registry._measure(session))
+
+    def rolled_back(self, session: Session, failure: BaseException | None) -> None:
+        """Take note of a step that failed; a KV cache that can't be measured then is let go of."""
+        registry = self.use.registry()
+        if registry is None:
+            return
+        try:
+            nbytes = registry._measure(session)
+        except Exception:  # noqa: BLE001 the tokens are safe; it's computed anew
+            session._release_cache(session._writer, failure)
+            nbytes = 0
+        registry._use(session, self, nbytes)
+
+    def settled(self, session: Session) -> None:
         """Evict KV caches, least recently used first, until those that are left are within the budget."""
-        registry = self.registry()
-        if registry is not None and registry._kv_total > registry._kv_limit:
+        registry = self.use.registry()
+        if registry is None:
+            return
+        if session._at_the_end is not None:
+            registry._look_again(session, self)
+        if registry._kv_total > registry._kv_limit:
             registry._evict_over_budget()
 
     def close(self, session: Session) -> None:
         """Close a session: that, and that it isn't registered any more, is one instant."""
-        registry = self.registry()
+        registry = self.use.registry()
         if registry is None:
             session._closed = True
         else:
-            registry._remove(session)
-
-
-@define(eq=False, repr=False)
-class RegisteredLedger(Ledger[KV]):
-    """The ledger of a session in a registry, which it tells of its use and of its KV cache's size.
-
-    It does so while the session is taken, and before anything is committed: a KV cache can be measured at no other
-    time, and the step fails if that does.
-    """
-
-    registry: "ReferenceType[SessionRegistry]"
-
-    def new_savepoint(self) -> Savepoint:
-        """Take note of a step that is about to be committed."""
-        registry = self.registry()
-        if registry is not None:
-            registry._note(self, registry._measure(self))
-        return super().new_savepoint()
-
-    def roll_back(self, failure: BaseException | None = None) -> None:
-        """Take note of a step that has failed; a KV cache that can't be measured then is let go of."""
-        super().roll_back(failure)
-        registry = self.registry()
-        if registry is not None:
-            try:
-                nbytes = registry._measure(self)
-            except Exception:  # noqa: BLE001 the tokens are safe; it's computed anew
-                self.discard_cache(failure)
-                nbytes = 0
-            registry._note(self, nbytes)
-
-    def nbytes(self) -> int:
-        """Return how many bytes the KV cache holds, by the engine's own `nbytes`."""
-        if self.kv_cache is NO_CACHE:
-            return 0
-        if self.slots.nbytes is None:
-            raise TypeError(
-                "the registry has max_kv_bytes, so it must know what a KV cache holds: give StateSlots an nbytes"
-            )
-        nbytes = index(self.slots.nbytes(self.kv_cache))
-        if nbytes < 0:
-            raise ValueError(f"nbytes(kv_cache) must not be negative, got {nbytes}")
-        return nbytes
+            registry._remove(session, self)
 
 
 @final
 @define(eq=False, repr=False, init=False, getstate_setstate=False)
-class SessionRegistry:
+class SessionRegistry(NeverCopied):
     """The open sessions of a process by their ids, and limits to how many there are and what they hold.
 
     A session is used when it is borrowed or looked up. One that is borrowed is never closed or evicted from here,
     whatever the limits. A session that is closed, by whomever, isn't in the registry any more. Any thread may call
-    anything here. Nothing happens in the background.
+    anything here. Nothing happens in the background. A registry is always true, also if it is empty.
 
     As a context manager, a registry closes itself at the end of the block.
+
+    Each session that is closed for being idle or to make room, and each KV cache that is evicted, is logged by
+    `logging.getLogger("inference_session")`, at the level INFO: ids and reasons, nothing else.
 
     Args:
         max_sessions: how many sessions may be open. If `open` would exceed it, the least recently used one that isn't
@@ -147,21 +125,27 @@ class SessionRegistry:
         TypeError, ValueError: if a limit isn't a number of its kind, or leaves nothing.
     """
 
-    _max_sessions: int | None
-    _idle_timeout: float | None
-    _kv_limit: float
+    __module__ = "inference_session"
 
-    # By the ids' ints, as the hash of a UUID itself is slow; the least recently used first.
-    _sessions: OrderedDict[int, Session]
-    _kv_bytes: OrderedDict[int, int]
-    _orders: tuple[OrderedDict[int, Any], ...]
-    _room: float
+    _max_sessions: int | None = field(repr=False)
+    _idle_timeout: float | None = field(repr=False)
+    _kv_limit: float = field(repr=False)
+
+    _sessions: dict[int, Session] = field(repr=False)
+    """By the ids' ints, as the hash of a UUID itself is slow."""
+    _order: _Link = field(repr=False)
+    """Both ends of the order of use: newer than this is the oldest session, older than this the newest."""
+    _passed: _Link = field(repr=False)
+    """A mark in that order: what is older has no KV cache to evict, or was borrowed when that was looked at."""
+    _room: float = field(repr=False)
     """How many more sessions may be opened."""
-    _kv_total: int
-    _closed: bool
-    _latest: Registration
-    _resolution: float
-    """How exactly it's known when a session was last used, in seconds."""
+    _kv_total: int = field(repr=False)
+    _closed: bool = field(repr=False)
+    _kv_bytes: dict[int, int] = field(repr=False)
+    """How many bytes the KV caches hold, of those that hold any."""
+    _latest: _Use = field(repr=False)
+
+    _instead = "as its sessions can't: send their ids, and have one registry in each process"
 
     def __init__(
         self,
@@ -176,14 +160,15 @@ class SessionRegistry:
         self._max_sessions = max_sessions
         self._idle_timeout = idle_timeout
         self._kv_limit = math.inf if max_kv_bytes is None else max_kv_bytes
-        self._sessions = OrderedDict()
-        self._kv_bytes = OrderedDict()
-        self._resolution = (idle_timeout or math.inf) / 1024
-        self._orders = (self._sessions, self._kv_bytes)
+        self._sessions = {}
+        self._kv_bytes = {}
+        self._latest = never = _Use(-math.inf, ref(self))
+        self._order, self._passed = order, passed = _Link(-1, never), _Link(-1, never)
+        order.older = order.newer = passed
+        passed.older = passed.newer = order
         self._room = math.inf if max_sessions is None else max_sessions
         self._kv_total = 0
         self._closed = False
-        self._latest = Registration(ref(self), -math.inf, -math.inf)
 
     def open(self, id: UUID | None = None) -> Session:  # noqa: A002 it's what it is
         """Return a new session, with a random id if none is given.
@@ -199,16 +184,13 @@ class SessionRegistry:
         session = Session() if id is None else Session.with_id(id)
         if self._idle_timeout is not None:
             self._close_idle(_say)
-        borrowed: set[Session] = set()
+        borrowed = 0
         while not self._add(session):
-            if len(borrowed) >= len(self):
-                present = self._snapshot()  # perhaps none, as other threads close them
-                if present and borrowed.issuperset(present):
-                    raise RegistryFullError(cast("int", self._max_sessions))
-            first = self._first()
-            if first is not None and self._close_unused(first, first._registration, _say) is None:
-                borrowed.add(first)
-                self.get(first.id)  # it's being used
+            oldest = self._oldest()
+            if oldest is not None and self._close_unused(*oldest, "to make room", _say) is None:
+                borrowed += 1
+                if borrowed >= len(self) and self._all_borrowed():
+                    raise RegistryFullError(self._max_sessions or 0)
         return session
 
     def __getitem__(self, id: UUID) -> Session:  # noqa: A002
@@ -224,24 +206,11 @@ class SessionRegistry:
 
     def get(self, id: UUID) -> Session | None:  # noqa: A002
         """Return the open session with this id, or None."""
-        try:
-            key = id.int
-        except AttributeError:
-            raise not_a_uuid(id) from None
-        now = self._latest if self._idle_timeout is None else self._now()
-        sessions, kv_bytes = self._sessions, self._kv_bytes
-        moves = map(_move_to_end, self._orders, (key, key))
-        with _lock:
-            if key not in sessions:
-                return None
-            session = sessions[key]
-            session._registration = now
-            for _ in moves:
-                break
-            if key in kv_bytes:
-                for _ in moves:
-                    break
-        return session
+        session = self._sessions.get(_key(id))
+        if session is None:
+            return None
+        entry = session._observer
+        return session if isinstance(entry, _Entry) and self._use(session, entry) else None
 
     def __contains__(self, id: UUID) -> bool:  # noqa: A002
         return _key(id) in self._sessions
@@ -249,30 +218,41 @@ class SessionRegistry:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def __bool__(self) -> bool:
+        return True
+
     def __iter__(self) -> Iterator[UUID]:
         """Iterate over the ids of the sessions that are open now, whatever becomes of them."""
-        return iter([session.id for session in self._snapshot()])
+        return iter([session.id for session in self.values()])
 
-    def close(self, id: UUID | None = None) -> None:  # noqa: A002
-        """Close the session with this id; or, without an id, all of them, and open no more.
+    def values(self) -> list[Session]:
+        """Return the sessions that are open now. Unlike looking them up, that is no use of them."""
+        return list(self._sessions.values())
+
+    def close(self, id: UUID = _ALL) -> None:  # noqa: A002
+        """Close the session with this id; or, without an argument, all of them, and open no more.
 
         Raises:
             SessionNotFoundError: if there's no open session with this id.
+            TypeError: if `id` isn't a `uuid.UUID`.
             Exception: what `release` raised. The sessions are closed all the same.
         """
-        if id is not None:
-            key = _key(id)
-            with _lock:
-                session = self._sessions[key] if key in self._sessions else None  # noqa: SIM401 no call
+        if id is not _ALL:
+            session = self._sessions.get(_key(id))
             if session is None:
                 raise SessionNotFoundError(id)
             session.close()
             return
-        self._closed = True
-        errors: list[Exception] = []
-        while (first := self._first()) is not None:
+        for _ in _locked:
             try:
-                first.close()
+                self._closed = True
+            finally:
+                _lock.release()
+            break
+        errors: list[Exception] = []
+        for session in self.values():
+            try:
+                session.close()
             except Exception as error:  # noqa: BLE001 raised when all are closed
                 errors.append(error)
         _raise_first(errors)
@@ -302,12 +282,6 @@ class SessionRegistry:
     def __repr__(self) -> str:
         return f"<SessionRegistry, {len(self)} sessions>"
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise TypeError(
-            "'SessionRegistry' can't be copied or pickled, as its sessions can't: "
-            "send their ids, and have one registry in each process"
-        )
-
     # The books
 
     def _add(self, session: Session) -> bool:
@@ -317,184 +291,261 @@ class SessionRegistry:
             SessionExistsError: if there is one with its id.
             RuntimeError: if the registry was closed.
         """
-        key = session._id.int
-        now = self._now()
-        with _lock:
-            exists, closed = key in self._sessions, self._closed
-            if not exists and not closed and self._room > 0:
-                self._sessions[key] = session
-                self._room -= 1
-                session._registration = now
-                return True
+        key, order = session._id.int, self._order
+        entry = _Entry(key, self._now())
+        exists = closed = added = False
+        for _ in _locked:
+            try:
+                exists, closed = key in self._sessions, self._closed
+                if not exists and not closed and self._room > 0:
+                    room = self._room - 1
+                    self._sessions[key] = session
+                    self._room, session._observer = room, entry
+                    entry.older, entry.newer = order.older, order
+                    order.older.newer = order.older = entry
+                    added = True
+            finally:
+                _lock.release()
+            break
         if closed:
             raise RuntimeError("the registry is closed; open sessions in another one")
         if exists:
             raise SessionExistsError(session.id)
-        return False
+        return added
+
+    def _use(self, session: Session, entry: _Entry, nbytes: int | None = None) -> bool:
+        """Take note of the use of a session, and of how many bytes its KV cache holds; return False if it is gone."""
+        use, order, key = self._now(), self._order, entry.key
+        sizes = self._kv_bytes
+        present = False
+        for _ in _locked:
+            try:
+                present = session._observer is entry
+                if present:
+                    if nbytes is not None:
+                        total = self._kv_total + nbytes - (sizes[key] if key in sizes else 0)  # noqa: SIM401
+                        if nbytes > 0:
+                            sizes[key] = nbytes
+                        elif key in sizes:
+                            del sizes[key]
+                        self._kv_total = total
+                    session._at_the_end = None
+                    entry.use = use
+                    entry.older.newer, entry.newer.older = entry.newer, entry.older
+                    entry.older, entry.newer = order.older, order
+                    order.older.newer = order.older = entry
+            finally:
+                _lock.release()
+            break
+        return present
 
     def _remove(
-        self, session: Session, lease: Lease | None = None, used: Registration | None = None
+        self,
+        session: Session,
+        entry: _Entry,
+        lease: Lease | None = None,
+        use: _Use | None = None,
     ) -> bool:
         """Remove a session and have it closed, and return whether it was there.
 
-        If a lease is given, that is done only while the session has it, and has not been used since.
+        If a lease is given, that is done only while the session has it, and was not used since.
         """
-        key, lease_key = session._id.int, id(session)
-        sessions, kv_bytes = self._sessions, self._kv_bytes
-        with _lock:
-            if lease is not None:
-                try:
-                    if leases[lease_key] is not lease or session._registration is not used:
-                        return False
-                except KeyError:
-                    return False
-                for first in sessions:  # where every use would have moved it away
-                    if first != key:
-                        return False
-                    break
-            found = key in sessions and sessions[key] is session
-            if found:
-                del sessions[key]
-                self._room += 1
-                if key in kv_bytes:
-                    self._kv_total -= kv_bytes[key]
-                    del kv_bytes[key]
-            session._closed = True
-            session._registration = None
-            return found
+        order, passed, key, sizes = self._order, self._passed, entry.key, self._kv_bytes
+        removed = False
+        for _ in _locked:
+            try:
+                if lease is not None:
+                    oldest = passed.newer if order.newer is passed else order.newer
+                    if session._lease is not lease or oldest is not entry or entry.use is not use:
+                        break
+                if session._observer is entry:
+                    room = self._room + 1
+                    if key in sizes:
+                        self._kv_total -= sizes[key]
+                        del sizes[key]
+                    del self._sessions[key]
+                    self._room = room
+                    entry.older.newer, entry.newer.older = entry.newer, entry.older
+                    session._observer = None
+                    removed = True
+                session._closed = True
+            finally:
+                _lock.release()
+            break
+        return removed
 
-    def _measure(self, ledger: RegisteredLedger[Any]) -> int:
-        return 0 if self._kv_limit == math.inf else ledger.nbytes()
+    def _forget_cache(self, session: Session, entry: _Entry) -> None:
+        """Take note that a session's KV cache is gone."""
+        key, sizes = entry.key, self._kv_bytes
+        for _ in _locked:
+            try:
+                if session._observer is entry and key in sizes:
+                    self._kv_total -= sizes[key]
+                    del sizes[key]
+            finally:
+                _lock.release()
+            break
 
-    def _note(self, ledger: RegisteredLedger[Any], nbytes: int) -> None:
-        """Take note of the use of a session, and of how many bytes its KV cache holds."""
-        key = ledger.session_id.int
-        now = self._now()
-        sessions, kv_bytes = self._sessions, self._kv_bytes
-        moves = map(_move_to_end, self._orders, (key, key))
-        with _lock:
-            if key not in sessions or sessions[key]._ledger is not ledger:
-                return
-            sessions[key]._registration = now
-            for _ in moves:
-                break
-            if key in kv_bytes:
-                self._kv_total -= kv_bytes[key]
-                if nbytes == 0:
-                    del kv_bytes[key]
-            if nbytes > 0:
-                self._kv_total += nbytes
-                kv_bytes[key] = nbytes
-                for _ in moves:
-                    break
+    def _pass(self, entry: _Entry) -> None:
+        """Move the mark past an entry that has been looked at, if it is the next."""
+        passed = self._passed
+        for _ in _locked:
+            try:
+                if passed.newer is entry:
+                    passed.older.newer, entry.older = entry, passed.older
+                    passed.newer, entry.newer.older = entry.newer, passed
+                    passed.older, entry.newer = entry, passed
+            finally:
+                _lock.release()
+            break
 
-    def _forget_cache(self, session: Session) -> None:
-        key = session._id.int
-        kv_bytes = self._kv_bytes
-        with _lock:
-            if key in kv_bytes and key in self._sessions and self._sessions[key] is session:
-                self._kv_total -= kv_bytes[key]
-                del kv_bytes[key]
+    def _look_again(self, session: Session, entry: _Entry) -> None:
+        """Move the mark back to right before an entry that was passed and not used since."""
+        passed = self._passed
+        for _ in _locked:
+            try:
+                if session._observer is entry and session._at_the_end is not None:
+                    session._at_the_end = None
+                    passed.older.newer, passed.newer.older = passed.newer, passed.older
+                    passed.older, passed.newer = entry.older, entry
+                    entry.older.newer = entry.older = passed
+            finally:
+                _lock.release()
+            break
 
-    def _first(self) -> Session | None:
-        """Return the least recently used session."""
-        with _lock:
-            for key in self._sessions:
-                return self._sessions[key]
-        return None
+    def _oldest(self) -> tuple[Session, _Entry, _Use] | None:
+        """Return the least recently used session, its entry, and when it was last used."""
+        return self._newer_than(self._order)
 
-    def _first_with_cache(self) -> Session | None:
-        """Return the least recently used session that has a KV cache."""
-        with _lock:
-            for key in self._kv_bytes:
-                return self._sessions[key]
-        return None
+    def _newer_than(self, link: _Link) -> tuple[Session, _Entry, _Use] | None:
+        """Return the next newer session, its entry, and when it was last used."""
+        session, observer, use = None, None, link.use
+        order, passed = self._order, self._passed
+        for _ in _locked:
+            try:
+                newer = link.newer
+                if newer is passed:
+                    newer = newer.newer
+                if newer is not order:
+                    session, use = self._sessions[newer.key], newer.use
+                    observer = session._observer
+            finally:
+                _lock.release()
+            break
+        if session is None or not isinstance(observer, _Entry):
+            return None
+        return session, observer, use
 
-    def _snapshot(self) -> list[Session]:
-        sessions = self._sessions.values()
-        with _lock:
-            return [*sessions]
+    def _all_borrowed(self) -> bool:
+        """Whether all sessions were borrowed at one instant: none of their borrows ended while this looked at them."""
+        found = [(session, session._lease) for session in self.values()]
+        if len(found) != self._max_sessions or not all(one.borrowed for one, _ in found):
+            return False
+        return found == [(session, session._lease) for session in self.values()]
 
-    def _now(self) -> Registration:
-        """Return what tells that a session was used now."""
-        latest = self._latest
+    def _measure(self, session: Session) -> int:
+        """Return how many bytes a session's KV cache holds, by the engine's own `nbytes`."""
+        slots = session._slots
+        if self._kv_limit == math.inf or session._kv_cache is NO_CACHE or slots is None:
+            return 0
+        if slots.nbytes is None:
+            raise TypeError(
+                "the registry has max_kv_bytes, so it must know what a KV cache holds: give StateSlots an nbytes"
+            )
+        nbytes = index(slots.nbytes(session._kv_cache))
+        if nbytes < 0:
+            raise ValueError(f"nbytes(kv_cache) must not be negative, got {nbytes}")
+        return nbytes
+
+    def _now(self) -> _Use:
+        """Return the present time of use, which is the latest one if that's nearly the same."""
         if self._idle_timeout is None:
-            return latest
+            return self._latest
         now = monotonic()
-        if now < latest.until:
-            return latest  # against its promise, the clock has gone back
-        if now - latest.since <= self._resolution:
-            latest.until = now
-        else:
-            self._latest = latest = Registration(latest.registry, now, now)
-        return latest
+        if now - self._latest.time > self._idle_timeout / 1024:
+            self._latest = _Use(now, self._latest.registry)
+        return self._latest
 
     # Closing and eviction
 
     def _close_idle(self, say: Callable[[Exception], None]) -> int:
         closed = 0
-        while (first := self._first()) is not None and self._is_idle(used := first._registration):
-            done = self._close_unused(first, used, say)
-            if done:
-                closed += 1
-            elif done is None:
-                self.get(first.id)  # it's being used
+        while (oldest := self._oldest()) is not None and self._is_idle(oldest[2]):
+            closed += self._close_unused(*oldest, "idle", say) is True
         return closed
 
-    def _is_idle(self, used: Registration | None) -> bool:
-        return (
-            self._idle_timeout is not None
-            and used is not None
-            and monotonic() - used.until > self._idle_timeout
-        )
+    def _is_idle(self, use: _Use) -> bool:
+        return self._idle_timeout is not None and monotonic() - use.time > self._idle_timeout
 
     def _close_unused(
-        self, session: Session, used: Registration | None, say: Callable[[Exception], None]
+        self,
+        session: Session,
+        entry: _Entry,
+        use: _Use,
+        reason: str,
+        say: Callable[[Exception], None],
     ) -> bool | None:
-        """Close the first session, unless it was used since; return whether that was done, or None if it's borrowed."""
-        keeper: Keeper | None = Keeper()
+        """Close the oldest session, unless it was used since.
+
+        Return whether that was done, or None if the session is borrowed, which is a use.
+        """
+        holder: Maintenance | None = Maintenance()
         try:
-            lease = session._hold(ref(keeper))
-            if lease is None:
+            mine: Lease = ref(holder)
+            last = None if session._is_forked() else take(session, mine)
+            lease = session._lease if last is None else mine
+            if last is None and session.borrowed:
+                self._use(session, entry)
                 return None
-            removed = self._remove(session, lease, used)
+            removed = self._remove(session, entry, lease, use)
+            if last is nobody:
+                session._lease = nobody
         finally:
-            keeper = None  # a traceback must not keep the lease alive
-        if session._closed:
-            try:
+            holder = None  # a traceback must not keep the lease alive
+        try:
+            if session._closed:
                 session._free()
-            except Exception as error:  # noqa: BLE001 it's said
-                say(error)
+        except Exception as error:  # noqa: BLE001 it's said
+            say(error)
+        if removed:
+            _log.info("closed session %s: %s", session.id, reason)
         return removed
 
     def _evict_over_budget(self) -> None:
-        borrowed: set[Session] = set()
         while self._kv_total > self._kv_limit:
-            if len(borrowed) >= len(self._kv_bytes):
+            found = self._newer_than(self._passed)
+            if found is None:
                 return
-            first = self._first_with_cache()
-            if first is not None and not self._evict(first):
-                borrowed.add(first)
-                self.get(first.id)  # it's being used
+            session, entry, _ = found
+            if (
+                entry.key not in self._kv_bytes
+                or self._evict(session, entry)
+                or session._settle_at_the_end()
+            ):
+                self._pass(entry)
 
-    def _evict(self, session: Session) -> bool:
+    def _evict(self, session: Session, entry: _Entry) -> bool:
         """Evict a session's KV cache, unless it's borrowed, and return whether it isn't."""
+
+        def evict() -> None:
+            try:
+                session._release_caches()
+            finally:
+                if not session._holds_cache():
+                    self._forget_cache(session, entry)
+
+        if session._is_forked():
+            self._forget_cache(session, entry)
+            return True
         try:
-            if not session._while_free(partial(self._discard_cache, session)):
+            if not session._maintain(evict):
                 return False
             if session._closed:
                 session._free()
         except Exception as error:  # noqa: BLE001 it's said
             _say(error)
+        _log.info("evicted the KV cache of session %s: over the budget", session.id)
         return True
-
-    def _discard_cache(self, session: Session) -> None:
-        ledger = session._ledger
-        try:
-            if ledger is not None and not session._is_forked():
-                ledger.close()
-        finally:
-            self._forget_cache(session)
 
 
 def _check_limit(name: str, limit: int | None, least: int) -> None:

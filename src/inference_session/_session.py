@@ -1,36 +1,71 @@
-"""The session: who it is, who has it now, and how it ends."""
+"""The session: an identity, the engine's slots, and how they end."""
 
 import warnings
 from collections.abc import Callable
-from functools import partial
+from os import getpid
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Never, NoReturn, SupportsIndex, TypeVar, final
+from typing import Any, Final, Never, Protocol, TypeAlias, TypeVar, final
 from uuid import UUID, uuid4
 from weakref import ref
 
-from attrs import define
+from attrs import define, field
 
 from inference_session import _fork
-from inference_session._lease import Lease, leases, replace_dead
-from inference_session._ledger import Ledger
-from inference_session.exceptions import SessionBusyError
+from inference_session._lease import Lease, expired, nobody, replace, take
+from inference_session._never_copied import NeverCopied
+from inference_session._tokens import NO_TOKENS, Ids
+from inference_session.exceptions import BorrowExpiredError
 
-
-if TYPE_CHECKING:
-    from inference_session._registry import Registration
-    from inference_session._slots import StateSlots
 
 KV = TypeVar("KV")
 
-_NEVER_A_COPY: Final = (
-    "'Session' can't be copied or pickled, as two owners of one KV cache would corrupt it: "
-    "send session.id instead, or feed the same tokens to a new session"
-)
+NO_CACHE: Final[Any] = object()
+
+Savepoint: TypeAlias = tuple[int, Ids, int | None]
+"""What a failure goes back to: how many tokens; the last of them, as far as they were dropped from the history since;
+and how many of them the KV cache covers, None if there is no KV cache to go back to. A tuple, as steps make it fast."""
+
+NOTHING: Final[Savepoint] = (0, NO_TOKENS, None)
+
+
+class CacheFunctions(Protocol[KV]):
+    """What the engine that has a session says of its KV cache: see `StateSlots`, which is one."""
+
+    @property
+    def create(self) -> Callable[[], KV]: ...
+    @property
+    def length(self) -> Callable[[KV], int]: ...
+    @property
+    def truncate(self) -> Callable[[KV, int], KV] | None: ...
+    @property
+    def release(self) -> Callable[[KV], object] | None: ...
+    @property
+    def nbytes(self) -> Callable[[KV], int] | None: ...
+
+
+class Observer(Protocol):
+    """What is told of a session's steps: a registry."""
+
+    def committing(self, session: "Session", /) -> None:
+        """Take note of a step that is about to be committed. What this raises fails the step."""
+        ...
+
+    def rolled_back(self, session: "Session", failure: BaseException | None, /) -> None:
+        """Take note of a step that failed, while the session is still taken."""
+        ...
+
+    def settled(self, session: "Session", /) -> None:
+        """Take note that a step was committed, or that the session was given back."""
+        ...
+
+    def close(self, session: "Session", /) -> None:
+        """Set `session._closed`, in one instant with what it means to the observer."""
+        ...
 
 
 @final
 @define(eq=False, repr=False, init=False, getstate_setstate=False)
-class Session:
+class Session(NeverCopied):
     """One conversation's state in an inference engine: an identity, and private slots for the engine.
 
     The slots hold the KV cache and the token history across prefill and decode. An engine reaches them through
@@ -40,17 +75,45 @@ class Session:
     `Session()` has a random id. As a context manager, a session closes itself at the end of the block.
     """
 
+    __module__ = "inference_session"  # where it is imported from, in pickles and in `help`
+
     _id: UUID
-    _generation: int
-    _closed: bool
-    _ledger: Ledger[Any] | None
-    _registration: "Registration | None"
-    """What connects it to a registry, if it is in one."""
+
+    # The engine's slots. Opaque here; StateSlots gives them back with their types.
+    _kv_cache: Any = field(init=False, repr=False)
+    _token_history: Ids = field(init=False, repr=False)
+    _kv_length: int = field(init=False, repr=False)
+    """How many tokens of the history the KV cache covers."""
+    _slots: CacheFunctions[Any] | None = field(init=False, repr=False)
+    """The engine that has them, from its first borrow on; None as long as nothing is committed."""
+
+    # The way back.
+    _savepoint: Savepoint = field(init=False, repr=False)
+    _savepoint_cache: Any = field(init=False, repr=False)
+    """The KV cache of the savepoint, if the engine has put another in its place since."""
+
+    # Who has the session now: see `_lease`.
+    _lease: Lease = field(init=False, repr=False)
+    _writer: Lease = field(init=False, repr=False)
+
+    # How it ends.
+    _pid: int = field(init=False, repr=False)
+    """The process that it belongs to."""
+    _closed: bool = field(init=False, repr=False)
+    _at_the_end: object = field(init=False, repr=False)
+    """Where the session was closed or passed over while it was borrowed: a weak reference whose callback settles that
+    when the lease dies, should the borrow not come to its end."""
+    _observer: Observer | None = field(init=False, repr=False)
+
+    _instead = (
+        "as two owners of one KV cache would corrupt it: "
+        "send session.id instead, or feed the same tokens to a new session"
+    )
 
     def __init__(self, *args: Never, **kwargs: Never) -> None:
         if args or kwargs:  # attrs.evolve comes here, too
             raise TypeError(
-                f"Session() takes no arguments; for an id, use Session.with_id. {_NEVER_A_COPY}"
+                f"Session() takes no arguments; for an id, use Session.with_id. {self._refusal()}"
             )
         self._begin(uuid4())
 
@@ -75,10 +138,16 @@ class Session:
     def _begin(self, id: UUID) -> None:  # noqa: A002
         if hasattr(self, "_id"):
             raise TypeError("a 'Session' is initialised only once; make a new one with Session()")
-        self._generation = _fork.generation
+        self._kv_cache = self._savepoint_cache = NO_CACHE
+        self._token_history = NO_TOKENS
+        self._kv_length = 0
+        self._slots = None
+        self._savepoint = NOTHING
+        self._lease = self._writer = nobody
+        self._pid = _fork.pid or getpid()
         self._closed = False
-        self._ledger = None
-        self._registration = None
+        self._at_the_end = None
+        self._observer = None
         self._id = id
 
     @property
@@ -89,8 +158,13 @@ class Session:
     @property
     def token_count(self) -> int:
         """How many tokens the history holds, committed ones only; 0 once the state is freed. Never blocks."""
-        ledger = self._ledger
-        return 0 if ledger is None else ledger.token_count
+        return self._savepoint[0]
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether a step is under way at this moment. To decide whether to begin one, borrow: it may have changed."""
+        holder = self._lease()
+        return not (holder is None or isinstance(holder, Maintenance) or self._is_forked())
 
     @property
     def closed(self) -> bool:
@@ -106,11 +180,12 @@ class Session:
         Raises:
             Exception: what `release` raised. The session is closed all the same, and `release` isn't called again.
         """
-        registration = self._registration
-        if registration is None:
+        observer = self._observer
+        # A child that is still being forked may not have the observer's lock, which another thread held.
+        if observer is None or (not _fork.pid and self._is_forked()):
             self._closed = True
         else:
-            registration.close(self)
+            observer.close(self)
         self._free()
 
     def __enter__(self) -> "Session":
@@ -125,124 +200,166 @@ class Session:
         self.close()
 
     def __repr__(self) -> str:
-        lease = leases.get(id(self))
-        if self._closed:
-            state = "closed"
-        elif lease is not None and lease() is not None:
-            state = "borrowed"
-        else:
-            state = "idle"
+        state = "closed" if self._closed else "borrowed" if self.borrowed else "idle"
         return f"<Session {self._id} {state}, {self.token_count} tokens>"
 
-    def __del__(self) -> None:
-        try:
-            ledger = self._ledger
-        except AttributeError:  # not initialised
-            return
-        leases.pop(id(self), None)  # of something that didn't end, and won't
-        if ledger is None or self._is_forked():
-            return
-        try:
-            if ledger.holds_cache() and ledger.slots.release is not None and not self._closed:
-                warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
-        finally:
-            ledger.close()
-
     def _is_forked(self) -> bool:
-        return self._generation != _fork.generation
+        return self._pid != _fork.pid and not _fork.is_here(self._pid)
 
-    def _new_ledger(self, slots: "StateSlots[KV]") -> Ledger[KV]:
-        """Return a ledger that knows what the session is a part of."""
-        registration = self._registration
-        if registration is None:
-            return Ledger(self._id, slots)
-        return registration.new_ledger(self._id, slots)
-
-    def _take(self, lease: Lease) -> bool:
-        """Take the session, at once or not at all, and return whether there is work to undo.
-
-        Raises:
-            SessionBusyError: if somebody else has it.
-        """
-        last = leases.setdefault(id(self), lease)
-        if last is lease:
-            return False
-        if last() is not None or not replace_dead(id(self), last, lease):
-            raise SessionBusyError(self._id)
-        return True
+    def _is_empty(self) -> bool:
+        """Whether nothing is committed: no token, and no KV cache either."""
+        return self._savepoint[0] == 0 and self._savepoint[2] is None
 
     def _give_back(self, failure: BaseException | None = None) -> None:
-        """End what `_take` began; if the session was closed meanwhile, free its state."""
-        ledger, registration = self._ledger, self._registration
-        if ledger is not None and ledger.is_blank():
-            self._ledger = None  # any engine may begin it
-        leases.pop(id(self), None)
-        if self._closed:
-            self._free(failure)
-        elif registration is not None:
-            registration.make_room()
+        """End what `take` began; if the session was closed meanwhile, free its state."""
+        if not self._savepoint[0] and self._is_empty():  # most aren't, and save a call
+            self._slots = None  # any engine may begin it
+        self._lease = nobody
+        if self._closed or self._observer is not None:
+            self._settle(failure)
+
+    def _maintain(self, work: Callable[[], None]) -> bool:
+        """Do something with the session taken, unless somebody has it, and return whether that was done.
+
+        If there is work to undo, or this work fails, that is left to the next to take the session.
+        """
+        holder: Maintenance | None = Maintenance()
+        try:
+            last = take(self, ref(holder))
+            if last is None:
+                return False
+            work()
+            self._lease = last
+            return True
+        finally:
+            holder = None  # a traceback must not keep the lease alive
 
     def _free(self, failure: BaseException | None = None) -> None:
         """Let go of the state, unless a borrow is under way: that one comes here when it ends."""
-        if not self._is_forked():
-            self._while_free(partial(self._let_go, failure))
+        if self._is_forked():
+            return
+        while not self._maintain(lambda: self._let_go(failure)):
+            if self._settle_at_the_end():
+                return
 
-    def _let_go(self, failure: BaseException | None) -> None:
-        ledger = self._ledger
-        if ledger is not None:
-            try:
-                ledger.close(failure)
-            except BaseException:
-                if (
-                    not ledger.holds_cache()
-                ):  # else it was interrupted: the next to come here goes on
-                    self._ledger = None
-                raise
-            self._ledger = None
+    def _settle_at_the_end(self) -> bool:
+        """Settle what the present borrow leaves even if it has no end; return False if its lease is dead already."""
+        lease = self._lease
 
-    def _while_free(self, work: Callable[[], None]) -> bool:
-        """Do something with the session taken, unless somebody has it, and return whether that was done.
+        def died(_: object) -> None:
+            replace(self, lease, expired)  # CPython 3.15 tells of its death a little before
+            self._settle()
 
-        If there is work to undo, or this work fails, that's left to the next to take the session.
-        """
-        keeper: Keeper | None = Keeper()
         try:
-            try:
-                unfinished = self._take(ref(keeper))
-            except SessionBusyError:
-                return False
-            work()
-            if not unfinished:
-                leases.pop(id(self), None)
-            return True
+            self._at_the_end = ref(lease(), died)
+        except TypeError:  # None has no weak references
+            return False
+        return True
+
+    def _settle(self, failure: BaseException | None = None) -> None:
+        observer = self._observer  # another thread may close the session meanwhile
+        if self._closed:
+            self._free(failure)
+        elif observer is not None:
+            observer.settled(self)
+
+    def _let_go(self, failure: BaseException | None = None) -> None:
+        """Release all KV caches, and forget the tokens. If this is interrupted, it can be begun again."""
+        try:
+            self._release_caches(failure)
         finally:
-            keeper = None  # a traceback must not keep the lease alive
+            if not self._holds_cache():
+                self._token_history, self._savepoint = self._token_history[:0], self._nothing
+                self._slots = self._at_the_end = None
 
-    def _hold(self, lease: Lease) -> Lease | None:
-        """Take the session unless it is borrowed, and return the lease: if it's being closed or evicted, that one's."""
-        while True:
-            last = leases.setdefault(id(self), lease)
-            if last is lease or isinstance(last(), Keeper):
-                return last
-            if last() is not None:
-                return None
-            if replace_dead(id(self), last, lease):
-                return lease
+    def _release_caches(self, failure: BaseException | None = None) -> None:
+        self._writer = writer = self._nobody
+        try:
+            self._release_cache(writer, failure)
+        finally:
+            self._release_savepoint_cache(writer)
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise TypeError(_NEVER_A_COPY)
+    def _holds_cache(self) -> bool:
+        return self._kv_cache is not self._no_cache or self._savepoint_cache is not self._no_cache
 
-    def __replace__(self, **changes: Never) -> NoReturn:
-        raise TypeError(_NEVER_A_COPY)
+    def _release_cache(self, writer: Lease, failure: BaseException | None = None) -> None:
+        """Let go of the KV cache, so that all tokens become pending.
 
-    def __init_subclass__(cls, **kwargs: object) -> NoReturn:
-        raise TypeError(
-            "'Session' can't be subclassed, as engines rely on what it is; "
-            "let your class have a session instead of being one"
-        )
+        An exception from `release` becomes a note on the failure that led here, if one did.
+        """
+        release = self._release_of(self._slots)
+        if release is None or self._kv_cache is self._no_cache:
+            self._take_out_cache(writer)
+            return
+        try:
+            release(self._take_out_cache(writer))
+        except Exception as error:
+            if failure is None:
+                raise
+            failure.add_note(
+                f"Then release(kv_cache) of session {self._id} raised {type(error).__name__}."
+            )
+
+    def _release_savepoint_cache(self, writer: Lease) -> None:
+        release = self._release_of(self._slots)
+        if release is None or self._savepoint_cache is self._no_cache:
+            self._take_out_savepoint_cache(writer)
+        else:
+            release(self._take_out_savepoint_cache(writer))
+
+    # What is taken out goes straight to `release`, so that no frame of a traceback has it among its variables, and
+    # no interrupt comes in between.
+
+    def _take_out_cache(self, writer: Lease) -> Any:
+        if self._writer is not writer:
+            raise BorrowExpiredError(self._id)
+        cache = self._kv_cache
+        count, dropped, covered = self._savepoint
+        left = (count, dropped, None if self._savepoint_cache is self._no_cache else covered)
+        self._kv_cache, self._kv_length, self._savepoint = self._no_cache, 0, left
+        return cache
+
+    def _take_out_savepoint_cache(self, writer: Lease) -> Any:
+        if self._writer is not writer:
+            raise BorrowExpiredError(self._id)
+        cache = self._savepoint_cache
+        if cache is not self._no_cache:
+            count, dropped, _ = self._savepoint
+            left = (count, dropped, None)
+            self._savepoint_cache, self._savepoint = self._no_cache, left
+        return cache
+
+    # A module's globals may be None when the interpreter ends. So what a finalizer comes to has them in another way.
+
+    _no_cache = NO_CACHE
+    _nothing = NOTHING
+    _nobody = staticmethod(nobody)
+
+    def _release_of(
+        self, slots: CacheFunctions[KV] | None, getpid: Callable[[], int] = getpid
+    ) -> Callable[[KV], object] | None:
+        """Return what gives a KV cache back; none does in a forked child, where they are the parent's."""
+        return None if slots is None or self._pid != getpid() else slots.release
+
+    def __del__(
+        self, getpid: Callable[[], int] = getpid, warn: Callable[..., None] = warnings.warn
+    ) -> None:
+        try:
+            slots = self._slots
+        except AttributeError:  # not initialised
+            return
+        if slots is None or self._pid != getpid():
+            return
+        self._lease = self._nobody  # whatever has it is garbage, too
+        try:
+            if self._holds_cache() and slots.release is not None and not self._closed:
+                warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+        finally:
+            self._closed = True  # a warning that is recorded keeps the session
+            self._let_go()
 
 
-class Keeper:
+class Maintenance:
     """What a lease refers to while the library itself has a session, to close or to evict it."""
 
 

@@ -1,17 +1,14 @@
 """How an engine describes its KV cache, and reaches the state of a session."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, Generic, TypeVar, final
 
 from attrs import NOTHING, Attribute, field, frozen
 
-from inference_session._batch import BorrowedBatch
-from inference_session._borrow import BorrowedState
+from inference_session._borrow import BorrowedBatch, BorrowedState
+from inference_session._never_copied import NeverCopied
 from inference_session._session import Session
-from inference_session.exceptions import SessionBusyError
 
 
 KV = TypeVar("KV")
@@ -23,8 +20,8 @@ def _is_callable(slots: object, attribute: "Attribute[Any]", function: object) -
 
 
 @final
-@frozen(eq=False, repr=False, kw_only=True)
-class StateSlots(Generic[KV]):
+@frozen(eq=False, repr=False, kw_only=True, getstate_setstate=False)
+class StateSlots(NeverCopied, Generic[KV]):
     """An engine's access to the state of its sessions: typed, exclusive and atomic.
 
     An engine makes one, once, of plain functions that tell how its KV cache works. The type of the KV cache is that
@@ -47,11 +44,17 @@ class StateSlots(Generic[KV]):
         nbytes: returns how many bytes a KV cache holds, for memory budgets.
     """
 
-    create: Callable[[], KV] = field(validator=_is_callable)
-    length: Callable[[KV], int] = field(validator=_is_callable)
-    truncate: Callable[[KV, int], KV] | None = field(default=None, validator=_is_callable)
-    release: Callable[[KV], object] | None = field(default=None, validator=_is_callable)
-    nbytes: Callable[[KV], int] | None = field(default=None, validator=_is_callable)
+    __module__ = "inference_session.engine"
+
+    create: Callable[[], KV] = field(repr=False, validator=_is_callable)
+    length: Callable[[KV], int] = field(repr=False, validator=_is_callable)
+    truncate: Callable[[KV, int], KV] | None = field(
+        default=None, repr=False, validator=_is_callable
+    )
+    release: Callable[[KV], object] | None = field(default=None, repr=False, validator=_is_callable)
+    nbytes: Callable[[KV], int] | None = field(default=None, repr=False, validator=_is_callable)
+
+    _instead = "as sessions know the one that began them: hand on this very object"
 
     def borrow(self, session: Session) -> AbstractContextManager[BorrowedState[KV], None]:
         """Borrow a session for a `with` block, which gets its `BorrowedState`.
@@ -67,9 +70,7 @@ class StateSlots(Generic[KV]):
             StateMismatchError: at the end of the block, if the KV cache doesn't cover `kv_length` tokens; the block is
                 rolled back then.
         """
-        state = BorrowedState(session, self)
-        state._exit = partial(BorrowedState._end, state)  # pyright: ignore[reportUnknownMemberType]
-        return state
+        return BorrowedState(session, self)
 
     def borrow_all(
         self, sessions: Iterable[Session]
@@ -82,13 +83,7 @@ class StateSlots(Generic[KV]):
             SessionBusyError: as `borrow`, and if a session is twice in the batch.
             SessionClosedError, SessionOwnerError, SessionForkedError, StateMismatchError: as `borrow`.
         """
-        batch = list(sessions)
-        for session, count in Counter(batch).items():
-            if count > 1:
-                raise SessionBusyError(session.id)
-        block = BorrowedBatch([BorrowedState(session, self) for session in batch])
-        block._exit = partial(block._end)
-        return block
+        return BorrowedBatch([BorrowedState(session, self) for session in sessions])
 
     def evict(self, session: Session) -> None:
         """Free a session's KV cache. Nothing is lost: its tokens become pending, and the next step computes it anew.
@@ -97,4 +92,4 @@ class StateSlots(Generic[KV]):
             SessionBusyError, SessionClosedError, SessionOwnerError, SessionForkedError: as `borrow`.
         """
         with self.borrow(session) as state:
-            state._ledger.discard_cache()
+            session._release_cache(state._lease)

@@ -1,4 +1,8 @@
-"""Token ids: checked on the way in, compared at the speed of memory, never shown."""
+"""Token ids: checked on the way in, compared at the speed of memory, never shown.
+
+An error must not show them either, and a traceback keeps the variables of every frame that it passed. So a frame that
+has tokens among its variables deletes them before it lets an error out.
+"""
 
 from array import array
 from collections.abc import Iterable
@@ -11,9 +15,15 @@ from typing import TYPE_CHECKING, Final, TypeAlias, cast
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+    Ids: TypeAlias = array[int]
+    """Token ids as C ints, four bytes a token."""
+    Tokens: TypeAlias = Ids | memoryview[int]
+    """The same as others may give them, not yet known to be no less than 0."""
+else:
+    Ids = array  # which has no type parameter before 3.12
+    Tokens = array | memoryview
 
-Tokens: TypeAlias = "array[int] | memoryview[int]"
-"""Token ids as C ints, four bytes a token, not yet known to be no less than 0."""
+NO_TOKENS: Final[Ids] = array("i")  # shared, so never written to
 
 _SIZE: Final = array("i").itemsize
 _HIGHEST_BYTE: Final = _SIZE - 1 if byteorder == "little" else 0
@@ -25,37 +35,45 @@ def as_tokens(tokens: Iterable[int]) -> Tokens:
 
     Raises:
         TypeError: if `tokens` can't be iterated over.
-        ValueError: if one of them isn't an int, or is out of a C int's range.
+        ValueError: if one of them isn't an int, or is out of a C int's range; or if they are bytes or bools.
     """
-    if isinstance(tokens, array) and tokens.typecode == "i":
-        return tokens
-    ids = tokens if isinstance(tokens, (list, tuple)) else _c_ints_or_list(tokens)
-    if isinstance(ids, memoryview):
-        return ids
     try:
-        return array("i", ids)
-    except (TypeError, OverflowError):
-        raise bad_token(ids) from None
+        if isinstance(tokens, (list, tuple)):
+            return _converted(tokens)
+        if isinstance(tokens, array) and tokens.typecode == "i":
+            return tokens
+        view = _c_ints(tokens)
+        return _converted(_listed(tokens)) if view is None else view
+    finally:
+        del tokens
 
 
-def checked_copy(tokens: Tokens, start: int = 0) -> "array[int]":
-    """Return a copy of the tokens from `start` on; ValueError if one of them is negative."""
-    memory = tokens[start:].tobytes()
-    # A C int is negative if its highest bit is set; to look at it without making ints is 30 times as fast.
-    if not memory[_HIGHEST_BYTE::_SIZE].isascii():
-        raise bad_token(tokens)
-    return array("i", memory)
+def checked_copy(tokens: Iterable[int]) -> Ids:
+    """Return a copy of the tokens; errors as those of `as_tokens`, and ValueError if one of them is negative."""
+    try:
+        if isinstance(tokens, (list, tuple)):
+            return checked(_converted(tokens))
+        return checked(copy_of(as_tokens(tokens)))
+    finally:
+        del tokens
 
 
-def bad_token(tokens: Iterable[int]) -> ValueError:
-    """Return the error for tokens of which one is no token id; it says which, not what it is."""
-    position = sum(1 for _ in takewhile(_is_token, tokens))
-    return ValueError(
-        f"token ids must be ints from 0 to 2**31 - 1, but the one at position {position} is not"
-    )
+def copy_of(tokens: Tokens) -> Ids:
+    """Return a copy, which no other thread changes."""
+    return array("i", tokens.tobytes())
 
 
-def common_prefix_length(history: "array[int]", tokens: Tokens) -> int:
+def checked(ids: Ids, start: int = 0) -> Ids:
+    """Return the very tokens, which begin at position `start`; ValueError if one of them is negative."""
+    # A C int is negative if its highest bit is set; to look at it without making ints is 30 times as fast, for many.
+    if ids[0] >= 0 if len(ids) == 1 else ids.tobytes()[_HIGHEST_BYTE::_SIZE].isascii():
+        return ids
+    position = sum(1 for _ in takewhile(_is_token, ids))
+    del ids
+    raise _bad_token(start + position)
+
+
+def common_prefix_length(history: Ids, tokens: Tokens) -> int:
     """Return how many tokens both have in common from the start on.
 
     Slices are compared, as memory: ever longer ones up to the first that differs, then halves of that one.
@@ -77,27 +95,61 @@ def common_prefix_length(history: "array[int]", tokens: Tokens) -> int:
     return same
 
 
-def _c_ints_or_list(tokens: Iterable[int]) -> "memoryview[int] | list[int]":
+def _converted(tokens: list[int] | tuple[int, ...]) -> Ids:
+    try:
+        return array("i", tokens)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 whatever the `__index__` of one of them raises
+        position = sum(1 for _ in takewhile(_is_token, tokens))
+    finally:
+        del tokens
+    raise _bad_token(position)
+
+
+def _c_ints(tokens: Iterable[int]) -> "memoryview[int] | None":
+    """Return the memory of a buffer of C ints."""
     try:
         view = memoryview(cast("ReadableBuffer", tokens))
     except TypeError:  # not a buffer: an iterator, a tensor of PyTorch, ...
-        pass
-    else:
-        if view.format == "i" and view.ndim == 1 and view.c_contiguous:
-            return view
-    tolist = getattr(tokens, "tolist", None)  # where there is one, it's much faster than iterating
-    ids = tokens if tolist is None else tolist()
+        return None
+    if view.format != "i" or view.ndim != 1 or not view.c_contiguous:
+        return None
+    return (
+        None if hasattr(tokens, "mask") else view
+    )  # what a masked array of NumPy's hides is in its memory
+
+
+def _listed(tokens: Iterable[int]) -> list[int]:
+    """Return a list of what holds ints in another way."""
+    kind, ids, tolist = type(tokens).__name__, list[int](), None
     try:
-        iterator = iter(cast("Iterable[int]", ids))
-    except TypeError:
-        raise TypeError(
-            f"tokens must be a sequence of ints, got {type(tokens).__name__!r}"
-        ) from None
-    return list(iterator)
+        if isinstance(tokens.obj if isinstance(tokens, memoryview) else tokens, (bytes, bytearray)):
+            raise ValueError(f"token ids must be ints, not the bytes of a {kind!r}")  # noqa: TRY004
+        tolist = getattr(tokens, "tolist", None)  # where there is one, it's faster than iterating
+        try:
+            iterator = iter(cast("Iterable[int]", tokens if tolist is None else tolist()))
+        except TypeError:
+            raise TypeError(f"tokens must be a sequence of ints, got {kind!r}") from None
+        ids = list(iterator)
+        kinds = [] if tolist is None else [*map(type, ids)]
+        if bool in kinds:  # it's a mask
+            raise _bad_token(kinds.index(bool))
+        return ids
+    finally:
+        tokens = ids = []
+        tolist = None
+
+
+def _bad_token(position: int) -> ValueError:
+    """Return the error for tokens of which one is no token id; it says which, not what it is."""
+    return ValueError(
+        f"token ids must be ints from 0 to 2**31 - 1, but the one at position {position} is not"
+    )
 
 
 def _is_token(token: int) -> bool:
     try:
         return 0 <= index(token) < 2**31
-    except TypeError:
+    except Exception:  # noqa: BLE001 whatever its `__index__` raises
         return False

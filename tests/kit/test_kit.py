@@ -34,7 +34,7 @@ from tests.kit.right_engines import (
 from tests.kit.test_engines import SEEDS
 
 from inference_session import Session
-from inference_session._batch import BorrowedBatch
+from inference_session._borrow import BorrowedBatch
 from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 from inference_session.testing import check_engine, parametrize_with_checks

@@ -6,7 +6,7 @@ from typing import Any
 from attrs import define, field
 
 from inference_session import Session
-from inference_session._ledger import NO_CACHE
+from inference_session._session import NO_CACHE
 
 
 @define(eq=False)
@@ -55,7 +55,5 @@ def key(cache: object) -> Hashable:
 
 def held(session: Session) -> list[object]:
     """Return the KV caches that a session holds."""
-    ledger = session._ledger
-    if ledger is None:
-        return []
-    return [cache for cache in (ledger.kv_cache, ledger.spare) if cache is not NO_CACHE]
+    caches = session._kv_cache, session._savepoint_cache
+    return [cache for cache in caches if cache is not NO_CACHE]

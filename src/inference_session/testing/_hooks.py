@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any, Final, Protocol, TypeAlias
 
 from inference_session import Session
-from inference_session._batch import BorrowedBatch
+from inference_session._borrow import BorrowedBatch
 from inference_session.engine import BorrowedState, StateSlots
 
 
@@ -53,6 +53,12 @@ class Listener(Protocol):
     ) -> Any:
         """Call one of the functions that the engine gave to `StateSlots`, and return its result."""
         ...
+
+
+def slots_of(session: Session) -> Slots:
+    """Return the access to a session that its engine has, which has begun it."""
+    assert isinstance(session._slots, StateSlots)
+    return session._slots
 
 
 @contextmanager
@@ -115,7 +121,7 @@ def _property(listener: Listener, name: str) -> property:
             return
 
         def assign(put: Callable[[State, object], None] = put) -> None:
-            listener.assigned(state._slots, value)
+            listener.assigned(slots_of(state._session), value)
             put(state, value)
 
         listener.in_borrow(f"{name} =", assign)
@@ -133,7 +139,7 @@ def _take(listener: Listener) -> Callable[..., None]:
 
         def borrow() -> None:
             original(state, lease)
-            listener.borrowed(state._session, state._slots)
+            listener.borrowed(state._session, slots_of(state._session))
 
         listener.in_borrow("borrow", borrow)
 

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from inference_session import Session
 from inference_session.testing._choices import melody
+from inference_session.testing._hooks import slots_of
 from inference_session.testing._run import Run
 
 
@@ -57,12 +58,12 @@ def _serve(run: Run, session_id: UUID, prompt: list[int]) -> None:
     with Session.with_id(session_id) as session:
         run.engine.prefill(session, list(prompt))
         run.engine.decode(session)
-        ledger = session._ledger
-        if ledger is not None:
-            with ledger.slots.borrow(session) as state:
+        if session._slots is not None:
+            slots = slots_of(session)
+            with slots.borrow(session) as state:
                 state.rewind(2)
             run.engine.decode(session)
-            ledger.slots.evict(session)
+            slots.evict(session)
             run.engine.decode(session)
 
 

@@ -6,7 +6,6 @@ from threading import Event as Signal
 
 from attrs import define, field
 
-from inference_session._lease import leases
 from inference_session.exceptions import SessionBusyError
 from inference_session.testing import _threads
 from inference_session.testing._report import BrokenError, ConclusiveError
@@ -31,8 +30,7 @@ class Pause(Trigger):
 
     def act(self) -> None:
         """Wait until the other thread has had its try."""
-        lease = leases.get(id(self.talk.session))
-        self.in_borrow = lease is not None and lease() is not None
+        self.in_borrow = self.talk.session.borrowed
         self.reached.set()
         self.over.wait(2 * _threads.PATIENCE)
 

@@ -19,7 +19,7 @@ from inference_session.engine import BorrowedState, DecodeResult, Engine, Prefil
 from inference_session.exceptions import SessionBusyError
 from inference_session.testing import _threads
 from inference_session.testing._choices import Choices
-from inference_session.testing._hooks import Slots
+from inference_session.testing._hooks import Slots, slots_of
 from inference_session.testing._reference import Reference
 from inference_session.testing._report import BrokenError, ConclusiveError
 from inference_session.testing._watch import Watch
@@ -56,7 +56,7 @@ class Talk:
     @property
     def slots(self) -> Slots | None:
         """The access to it that its engine has, once it has begun it."""
-        return None if self.session._ledger is None else self.session._ledger.slots
+        return None if self.session._slots is None else slots_of(self.session)
 
 
 @frozen
@@ -195,7 +195,7 @@ class Run:
     def closed(self, talk: Talk) -> None:
         """Check that a session that was closed has let go of everything."""
         talk.history = []
-        if talk.session._ledger is not None:
+        if talk.session._slots is not None:
             raise self.broken("the state of a closed session to be freed", "it is still borrowed")
         self.check_books()
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from inference_session import Session
-from inference_session._ledger import NO_CACHE
+from inference_session._session import NO_CACHE
 from inference_session.engine import Engine
 from inference_session.testing._choices import melody
 
@@ -93,11 +93,8 @@ def decoded(engine: Engine, session: Session) -> int:
 
 def swap_caches(one: Session, other: Session) -> None:
     """Give each of two sessions the KV cache of the other, if they have one."""
-    left, right = one._ledger, other._ledger
-    assert left is not None
-    assert right is not None
-    if left.kv_cache is not NO_CACHE and right.kv_cache is not NO_CACHE:
-        left.kv_cache, right.kv_cache = right.kv_cache, left.kv_cache
+    if one._kv_cache is not NO_CACHE and other._kv_cache is not NO_CACHE:
+        one._kv_cache, other._kv_cache = other._kv_cache, one._kv_cache
 
 
 def share_of_differences(some: Sequence[int], others: Sequence[int]) -> float:

@@ -1,0 +1,64 @@
+"""What holds a conversation's state, or a way to it, is never copied, and shows nothing of it."""
+
+from typing import ClassVar, Never, NoReturn, Protocol, SupportsIndex
+
+from attrs import define, field, fields
+
+
+@define
+class _Unreadable:
+    _never_copied: Never = field(repr=False)
+
+
+class _Printer(Protocol):
+    def text(self, text: str, /) -> object: ...
+
+
+class NeverCopied:
+    """Refuses to be copied, pickled and subclassed, and lists only its public names.
+
+    `attrs.asdict`, `attrs.astuple` and `attrs.evolve` read the fields of a class one by one. So each class here is said
+    to have one more, which comes first and can't be read. `rich.print` shows the fields that have a `repr`, so those
+    with contents have none. `rich.inspect` and `inspect.getmembers` read what `dir` lists. Hypothesis and IPython ask
+    for `_repr_pretty_` before they look for fields.
+    """
+
+    __slots__ = ()
+
+    _instead: ClassVar[str]
+    """Why there must not be two of it, and what to do instead."""
+
+    @property
+    def _never_copied(self) -> NoReturn:
+        raise self._refusal()
+
+    @classmethod
+    def _refusal(cls) -> TypeError:
+        return TypeError(f"{cls.__name__!r} can't be copied or pickled, {cls._instead}")
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise self._refusal()
+
+    def __getstate__(self) -> NoReturn:
+        raise self._refusal()
+
+    def __replace__(self, **changes: Never) -> NoReturn:
+        raise self._refusal()
+
+    def _repr_pretty_(self, printer: _Printer, cycle: bool) -> None:  # noqa: FBT001 it's IPython's
+        printer.text(repr(self))
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name.startswith("__") or name[0] != "_"]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # of Generic
+        for base in cls.__bases__:
+            if "_instead" in vars(base):
+                raise TypeError(
+                    f"{base.__name__!r} can't be subclassed, as engines rely on what it is; "
+                    "let your class have one instead of being one"
+                )
+        if "__attrs_attrs__" in vars(cls):  # attrs makes the class twice; this is the second one
+            fields_and_one = (*fields(_Unreadable), *vars(cls)["__attrs_attrs__"])
+            setattr(cls, "__attrs_attrs__", fields_and_one)  # noqa: B010 it isn't declared
