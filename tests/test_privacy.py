@@ -1,18 +1,29 @@
 """No token and nothing of a KV cache is ever shown: not by `repr`, nor in errors, warnings, logs or tracebacks."""
 
+import ctypes
 import gc
+import importlib.util
+import inspect
+import io
 import logging
+import re
 import sys
 import traceback
 import warnings
 from array import array
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 from uuid import UUID
 
+import attrs
 import pytest
+from hypothesis.vendor.pretty import pretty
 
 from inference_session import Session, SessionRegistry
 from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
@@ -22,6 +33,49 @@ TOKENS = [1234567, 1234568, 1234569]
 TOO_BIG = 1234567 << 40
 SECRETS = ("12345", "0x12d6", str(TOO_BIG)[:8], "hush")
 """What the tokens and KV caches here can be known by."""
+
+
+RICH = importlib.util.find_spec("rich") is not None
+
+NAMES = re.compile("0x[0-9a-f]{8,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""Addresses and ids, which may look like secrets by chance."""
+
+
+def shown(thing: object) -> str:
+    """Return how crash reporters show a variable: by `repr`, and as `rich` does, where it's installed."""
+    ways: list[Callable[[object], str]] = [repr, pretty]
+    if RICH:
+        ways.append(pytest.importorskip("rich.pretty").pretty_repr)
+    said: list[str] = []
+    for way in ways:
+        try:
+            said.append(way(thing))
+        except Exception as error:  # noqa: BLE001 of a view that has expired
+            said.append(f"{error!r} {error}")
+    return NAMES.sub("", " ".join(said))
+
+
+def frames(error: BaseException | None) -> Iterator[FrameType]:
+    """Yield the frames in the tracebacks of an error, and of all errors that led to it."""
+    errors, seen = [error], set[int]()
+    while errors:
+        one = errors.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        errors += [one.__cause__, one.__context__]
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            yield frame
+
+
+def variables(error: BaseException | None, package: str = "inference_session") -> list[str]:
+    """Return what a crash reporter would show of a package's frames: where, which variable, and how it looks."""
+    return [
+        f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}: {name} = {shown(value)}"
+        for frame in frames(error)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package
+        for name, value in frame.f_locals.items()
+    ]
 
 
 class Hush:
@@ -93,11 +147,16 @@ class Ear:
 
     def __init__(self) -> None:
         self.heard: list[str] = []
+        self.reports_crashes = True
+        """Whether it looks into the frames of a traceback. A wrong argument that is neither tokens nor a KV cache is
+        among the variables there, whatever it is."""
 
     def error(self, error: BaseException | None) -> None:
-        """Hear what an error says, and what led to it."""
+        """Hear what an error says, what led to it, and what a crash reporter finds in the package's frames."""
         if error is None:
             return
+        if self.reports_crashes:
+            self.heard += variables(error)
         told = traceback.TracebackException.from_exception(error)
         while_told: list[traceback.TracebackException | None] = [told]
         while while_told:
@@ -218,6 +277,7 @@ def test_registries(ear: Ear, engine: Engine) -> None:
             state.kv_cache.length = 3
             state.advance(3)
 
+    ear.reports_crashes = False
     unmeasurable = StateSlots(create=Cache, length=engine.length, nbytes=cast_size)
     with SessionRegistry(max_sessions=1, max_kv_bytes=0) as registry:
         session = registry.open()
@@ -256,10 +316,62 @@ def test_slots_with_telling_functions(ear: Ear) -> None:
 
 
 def test_slots_with_wrong_arguments(ear: Ear) -> None:
-    """A KV cache given where a function should be isn't shown."""
+    """A KV cache given where a function should be isn't shown by the error."""
+    ear.reports_crashes = False
     ear.fail(lambda: StateSlots(create=cast("Any", Cache()), length=len))
     ear.fail(lambda: StateSlots(create=list[int], length=cast("Any", Cache())))
     ear.fail(lambda: StateSlots(create=list[int], length=len, release=cast("Any", Cache())))
+
+
+class Tensor(Hush):
+    """A tensor, as PyTorch has it: no buffer, but a `tolist`. It shows what it holds."""
+
+    def __init__(self, data: object) -> None:
+        self.data = data
+
+    def tolist(self) -> object:
+        """Return the data, or fail."""
+        if isinstance(self.data, BaseException):
+            raise self.data
+        return self.data
+
+
+class Tokens(list[int]):
+    """A list of one's own."""
+
+
+class Index(Hush):
+    """An int of a foreign type, which does something when it's read."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self.do = do
+
+    def __index__(self) -> int:
+        self.do()
+        return 1234567
+
+
+class Failing(Hush):
+    """What should be an int, but is an error."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __index__(self) -> int:
+        raise self.error
+
+
+def failing(error: BaseException) -> Iterator[int]:
+    """Yield some tokens, and fail."""
+    yield from TOKENS
+    raise error
+
+
+class FailingIterable(Hush):
+    """What fails as soon as it's read, and shows what it holds."""
+
+    def __iter__(self) -> Iterator[int]:
+        raise RuntimeError
 
 
 BAD_TOKENS: list[Any] = [
@@ -289,21 +401,56 @@ BAD_TOKENS: list[Any] = [
     1234567.0,
     Hush(),
     Cache,
+    Tokens([*TOKENS, -1234567]),
+    deque([*TOKENS, -1234567]),
+    dict.fromkeys((*TOKENS, -1234567)).keys(),
+    range(1234567, 2**31 + 1, 2**30),
+    map(int, ["1234567", "-1234567"]),
+    array("I", [*TOKENS, 2**31 + 1234567]),
+    array("b", [*b"hush", -1]),
+    memoryview(array("i", [*TOKENS, -1234567])),
+    memoryview(array("q", [*TOKENS, TOO_BIG])),
+    memoryview(b"hush"),
+    bytearray(b"hush"),
+    (ctypes.c_int * 2)(1234567, -1234567),
+    (ctypes.c_int64 * 2)(1234567, TOO_BIG),
+    Tensor([*TOKENS, -1234567]),
+    Tensor([TOKENS, TOKENS]),
+    Tensor([*TOKENS, True]),
+    Tensor([True, False]),
+    Tensor(1234567),
+    Tensor(MemoryError()),
+    Tensor(RuntimeError()),
+    Tensor(KeyboardInterrupt()),
+    FailingIterable(),
+    failing(KeyError()),
+    failing(KeyboardInterrupt()),
+    [*TOKENS, Failing(RuntimeError())],
+    [*TOKENS, Failing(MemoryError())],
+    [*TOKENS, Failing(KeyboardInterrupt())],
+    (*TOKENS, Failing(KeyboardInterrupt())),
+    iter([*TOKENS, Failing(KeyboardInterrupt())]),
+    [Failing(RuntimeError())],
+    [Failing(KeyboardInterrupt())],
 ]
 
 
 @pytest.mark.parametrize("position", range(len(BAD_TOKENS)))
-def test_bad_tokens(ear: Ear, engine: Engine, session: Session, position: int) -> None:
-    """A token refused isn't shown, nor are those around it."""
+@pytest.mark.parametrize("reuse", [False, True], ids=["append", "reuse_prefix"])
+def test_bad_tokens(
+    ear: Ear, engine: Engine, session: Session, position: int, *, reuse: bool
+) -> None:
+    """A token refused isn't shown, nor are those around it: neither by the error nor by a crash reporter."""
     tokens = BAD_TOKENS[position]
     with engine.slots.borrow(session) as state:
-        ear.attempt(lambda: state.append(tokens))
-        ear.attempt(lambda: state.reuse_prefix(tokens))
+        use: Callable[[Any], object] = state.reuse_prefix if reuse else state.append
+        ear.attempt(partial(use, tokens))
         state.rewind(0)
 
 
 def test_bad_arguments(ear: Ear, engine: Engine, session: Session) -> None:
     """Wrong arguments are told by their types."""
+    ear.reports_crashes = False
     for secret in (TOKENS, Hush(), "hush", b"hush", 1234567.5, Cache):
         bad = cast("Any", secret)
         calls: list[Callable[[Any], object]] = [
@@ -368,10 +515,15 @@ def test_every_state_of_a_session(ear: Ear, engine: Engine, session: Session) ->
             lambda: state.kv_length,
             lambda: state.pending,
             lambda: state.append(TOKENS),
+            lambda: state.append(TOKENS[:1]),
+            lambda: state.append(tuple(TOKENS)),
+            lambda: state.append(array("i", TOKENS)),
+            lambda: state.append(iter(TOKENS)),
             lambda: state.advance(1),
             state.commit,
             lambda: state.rewind(1),
             lambda: state.reuse_prefix(TOKENS),
+            lambda: state.reuse_prefix(array("i", TOKENS)),
         ):
             ear.fail(use)
 
@@ -425,6 +577,7 @@ def test_engines_that_fail(
                 state.append(TOKENS)
                 raise KeyError
 
+    ear.reports_crashes = (where, how) != ("length", "lies")  # a length is no secret
     for position in range(6):
         for fails in (True, False):
             ear.attempt(partial(block, position, fails=fails))
@@ -478,3 +631,432 @@ def test_copies(ear: Ear, engine: Engine, session: Session) -> None:
         for one in (session, state, state.token_history):
             for do in (copy.copy, copy.deepcopy, pickle.dumps):
                 ear.attempt(partial(do, one))
+
+
+# Who looks further than `repr` does
+
+
+KINDS = ["session", "state", "history", "slots", "batch", "registry", "closed session"]
+
+
+@pytest.fixture(params=KINDS)
+def thing(request: pytest.FixtureRequest, engine: Engine, session: Session) -> Iterator[object]:
+    """Give whatever holds tokens or a KV cache, or a way to them, while it does."""
+    with SessionRegistry(max_kv_bytes=1) as registry, Session() as closed:
+        mine = registry.open()
+        batch = engine.slots.borrow_all([closed, mine])
+        with batch as states:
+            for state in states:
+                state.append(TOKENS)
+                state.kv_cache.length = 2
+                state.advance(2)
+            with engine.slots.borrow(session) as state:
+                state.append(TOKENS)
+                state.kv_cache = Cache()
+                state.kv_cache.length = 2
+                closed.close()
+                yield dict(
+                    zip(
+                        KINDS,
+                        [
+                            session,
+                            state,
+                            state.token_history,
+                            engine.slots,
+                            batch,
+                            registry,
+                            closed,
+                        ],
+                        strict=True,
+                    )
+                )[request.param]
+
+
+def refuse_all(thing: object) -> list[Callable[[], object]]:
+    """Return the functions of attrs that read one field after another, and what they are asked."""
+    known = cast("attrs.AttrsInstance", thing)
+    return [
+        partial(attrs.asdict, known, recurse=False),
+        partial(attrs.asdict, known),
+        partial(attrs.astuple, known, recurse=False),
+        partial(attrs.astuple, known),
+        partial(attrs.evolve, known),
+    ]
+
+
+def test_rich_printing(ear: Ear, thing: object) -> None:
+    """`rich.print`, and whatever else prints by it, shows of a thing what `repr` may show."""
+    rich = pytest.importorskip("rich")
+    printed = io.StringIO()
+    console = pytest.importorskip("rich.console").Console(file=printed, width=200)
+    to_repr = pytest.importorskip("rich.pretty").pretty_repr
+    for it in (thing, [thing], {"it": (thing,)}):
+        rich.print(it, file=printed)
+        console.print(it)
+        ear.heard += [to_repr(it), to_repr(it, expand_all=True)]
+    ear.heard = [NAMES.sub("", saying) for saying in (*ear.heard, printed.getvalue())]
+
+
+def test_rich_prints_no_telling_function(ear: Ear) -> None:
+    """`rich.print` of a `StateSlots` shows nothing of the object whose methods it was made of."""
+    to_repr = pytest.importorskip("rich.pretty").pretty_repr
+
+    class Telling(Hush):
+        def create(self) -> list[int]:
+            return []
+
+    ear.heard.append(to_repr(StateSlots(create=Telling().create, length=len)))
+
+
+@pytest.mark.parametrize("kind", ["session", "slots", "registry", "batch"])
+def test_rich_inspection(ear: Ear, engine: Engine, session: Session, kind: str) -> None:
+    """`rich.inspect`, which reads every attribute that is listed, private ones too, finds nothing that is secret."""
+    rich = pytest.importorskip("rich")
+    printed = io.StringIO()
+    console = pytest.importorskip("rich.console").Console(file=printed, width=200)
+    with SessionRegistry() as registry, engine.slots.borrow(session) as state:
+        state.append(TOKENS)
+        things = {
+            "session": session,
+            "slots": engine.slots,
+            "registry": registry,
+            "batch": engine.slots.borrow_all([session]),
+        }
+        rich.inspect(things[kind], console=console, all=True, private=True, value=True)
+        rich.inspect(things[kind], console=console, all=True, dunder=True)
+    ear.heard.append(NAMES.sub("", printed.getvalue()))
+
+
+def test_members(ear: Ear, engine: Engine, session: Session) -> None:
+    """`inspect.getmembers`, which debuggers and notebooks list attributes by, finds nothing that is secret."""
+    with SessionRegistry() as registry, engine.slots.borrow(session) as state:
+        state.append(TOKENS)
+        for it in (session, engine.slots, registry, engine.slots.borrow_all([session])):
+            for members in (inspect.getmembers(it), inspect.getmembers_static(it)):
+                ear.heard.append(shown(members))
+                names = {name for name, _ in members}
+                assert not [name for name in names if re.match("_(?!_)", name)]
+
+
+def test_pretty_printers(ear: Ear, thing: object) -> None:
+    """Hypothesis, which prints the arguments of a failing test, and IPython show of a thing what `repr` does."""
+
+    class Printer:
+        def text(self, text: str) -> None:
+            printed.append(text)
+
+    printed: list[str] = []
+    cast("Any", thing)._repr_pretty_(Printer(), cycle=False)
+    assert printed == [repr(thing)]
+    assert pretty(thing) == repr(thing)
+    ear.heard += [pretty(thing), pretty([thing]), pretty({"it": (thing,)}), *printed]
+    ear.heard = [NAMES.sub("", saying) for saying in ear.heard]
+
+
+@pytest.mark.parametrize(
+    "how", range(5), ids=["dict", "deep dict", "tuple", "deep tuple", "evolve"]
+)
+def test_attrs_reads_nothing(ear: Ear, thing: object, how: int) -> None:
+    """`attrs.asdict`, `astuple` and `evolve` are refused before they have read anything that a traceback could show."""
+    error = ear.attempt(refuse_all(thing)[how])
+    assert isinstance(error, TypeError)
+    assert "can't be copied" in str(error)
+    ear.heard += variables(error, "attr")
+    assert len(ear.heard) > 5
+
+
+def test_attrs_shows_nothing_to_filters(thing: object) -> None:
+    """Not even the function that says which fields `attrs.asdict` and `attrs.astuple` take is shown one."""
+    known, seen = cast("attrs.AttrsInstance", thing), list[object]()
+
+    def take(field: "attrs.Attribute[Any]", value: object) -> bool:
+        seen.append(value)
+        return True
+
+    with pytest.raises(TypeError, match="can't be copied"):
+        attrs.asdict(known, filter=take)
+    with pytest.raises(TypeError, match="can't be copied"):
+        attrs.astuple(known, filter=take)
+    assert seen == []
+
+
+# Crash reporters, which show the variables of every frame in a traceback
+
+
+def report(error: BaseException) -> str:
+    """Return what `rich.traceback` shows of an error, and of the variables of all frames but those of tests."""
+    tell = pytest.importorskip("rich.traceback").Traceback.from_exception
+    printed = io.StringIO()
+    console = pytest.importorskip("rich.console").Console(file=printed, width=200)
+    tests = [str(Path(__file__).parent)]
+    told = tell(type(error), error, error.__traceback__, show_locals=True, suppress=tests)
+    console.print(told)
+    return NAMES.sub("", printed.getvalue())
+
+
+Use = Callable[[BorrowedState[Cache]], object]
+Crash = Callable[[Engine, Session], object]
+
+
+def set_twice(state: BorrowedState[Cache]) -> None:
+    """Replace the KV cache of the savepoint, and then the one in its place."""
+    state.kv_cache = Cache()
+    state.kv_cache = Cache()
+
+
+def set_cache(state: BorrowedState[Cache]) -> None:
+    """Replace the KV cache."""
+    state.kv_cache = Cache()
+
+
+def wrong_length(state: BorrowedState[Cache]) -> None:
+    """Feed other tokens than are said."""
+    state.kv_cache.length = 7
+
+
+def end_in(borrow: "AbstractContextManager[Any, Any]") -> Iterator[int]:
+    """Yield tokens, and end the borrow meanwhile."""
+    yield from TOKENS
+    borrow.__exit__(None, None, None)
+
+
+def block(*uses: Use, fails: str = "", lies: str = "") -> Crash:
+    """Return what does something in a block, while a function of the engine's fails or lies."""
+
+    def crash(engine: Engine, session: Session) -> None:
+        with engine.slots.borrow(session) as state:
+            engine.fails |= {fails}
+            engine.lies |= {lies}
+            for use in uses:
+                use(state)
+
+    return crash
+
+
+def late(use: Use) -> Crash:
+    """Return what does something when the block is over."""
+
+    def crash(engine: Engine, session: Session) -> None:
+        with engine.slots.borrow(session) as state:
+            pass
+        use(state)
+
+    return crash
+
+
+def after(*steps: Crash) -> Crash:
+    """Return what does one thing after another."""
+
+    def crash(engine: Engine, session: Session) -> None:
+        for step in steps:
+            step(engine, session)
+
+    return crash
+
+
+def evict(engine: Engine, session: Session) -> None:
+    """Evict the KV cache."""
+    engine.slots.evict(session)
+
+
+def close(engine: Engine, session: Session) -> None:
+    """Close the session."""
+    session.close()
+
+
+def no_release(engine: Engine, session: Session) -> None:
+    """Have `release` fail from now on."""
+    engine.fails.add("release")
+
+
+def borrow_twice(engine: Engine, session: Session) -> None:
+    """Borrow what is borrowed."""
+    with engine.slots.borrow(session), engine.slots.borrow(session):
+        pass
+
+
+def borrow_batch_twice(engine: Engine, session: Session) -> None:
+    """Borrow a batch of which one is borrowed."""
+    with engine.slots.borrow(session), engine.slots.borrow_all([Session(), session]):
+        pass
+
+
+def borrow_elsewhere(engine: Engine, session: Session) -> None:
+    """Borrow what another engine began."""
+    with Engine().slots.borrow(session):
+        pass
+
+
+CRASHES: dict[str, Crash] = {
+    "append": block(lambda state: state.append([*TOKENS, -1234567])),
+    "append one": block(lambda state: state.append([-1234567])),
+    "reuse_prefix": block(lambda state: state.reuse_prefix([*TOKENS, -1234567])),
+    "create lies": after(evict, block(lambda state: state.kv_cache, lies="create")),
+    "create fails": after(evict, block(lambda state: state.kv_cache, fails="create")),
+    "advance": block(wrong_length, lambda state: state.advance(1)),
+    "commit": block(wrong_length, lambda state: state.commit()),
+    "the end": block(wrong_length),
+    "truncate lies": block(lambda state: state.rewind(1), lies="truncate"),
+    "truncate fails": block(lambda state: state.rewind(1), fails="truncate"),
+    "truncate fails in reuse_prefix": block(
+        lambda state: state.reuse_prefix(TOKENS[:1]), fails="truncate"
+    ),
+    "length fails": block(lambda state: state.commit(), fails="length"),
+    "release fails in the setter": block(set_twice, fails="release"),
+    "release fails in commit": block(
+        set_cache, match_length, lambda state: state.commit(), fails="release"
+    ),
+    "release fails in evict": after(no_release, evict),
+    "release fails in close": after(no_release, close),
+    "release fails in a rollback": after(
+        no_release, block(set_cache, lambda state: state.append([*TOKENS, -1234567]))
+    ),
+    "busy": borrow_twice,
+    "busy in a batch": borrow_batch_twice,
+    "another owner": borrow_elsewhere,
+    "closed": after(close, block()),
+    "late append": late(lambda state: state.append(TOKENS)),
+    "late append of one": late(lambda state: state.append(TOKENS[:1])),
+    "late reuse_prefix": late(lambda state: state.reuse_prefix(TOKENS)),
+    "late setter": late(set_cache),
+    "late history": late(lambda state: state.token_history),
+}
+
+
+@pytest.mark.parametrize("crash", CRASHES.values(), ids=CRASHES.keys())
+def test_crash_reports(
+    ear: Ear,
+    engine: Engine,
+    session: Session,
+    crash: Callable[[Engine, Session], object],
+) -> None:
+    """Whatever call fails, no variable of a frame in its traceback shows a token or a KV cache."""
+    error = ear.attempt(partial(crash, engine, session))
+    assert error is not None
+    assert variables(error), "no frame of the package was looked at"
+    if RICH:
+        ear.heard.append(report(error))
+    engine.fails.clear()
+    engine.lies.clear()
+
+
+@pytest.mark.parametrize("reuse", [False, True], ids=["append", "reuse_prefix"])
+@pytest.mark.parametrize("made", ["generator", "list"])
+def test_crash_reports_of_a_borrow_that_ends_meanwhile(
+    ear: Ear, engine: Engine, session: Session, made: str, *, reuse: bool
+) -> None:
+    """Tokens that come too late, as the borrow ended while they were read, aren't shown."""
+    borrow = engine.slots.borrow(session)
+    state = borrow.__enter__()
+
+    tokens: Iterable[int] = end_in(borrow)
+    if made == "list":
+        tokens = [*TOKENS, cast("int", Index(lambda: borrow.__exit__(None, None, None)))]
+    ear.fail(partial(state.reuse_prefix if reuse else state.append, tokens))
+    assert session.token_count == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("where", ["create", "truncate"])
+def test_crash_reports_of_a_straggler(
+    ear: Ear, engine: Engine, session: Session, where: str, *, fails: bool
+) -> None:
+    """A KV cache that comes too late, as the borrow ended while it was made, isn't shown, even if `release` fails."""
+
+    def end() -> None:
+        if fails:
+            engine.fails.add("release")
+        borrow.__exit__(MemoryError, MemoryError(), None)
+
+    def create() -> Cache:
+        end()
+        return Cache()
+
+    def truncate(cache: Cache, length: int) -> Cache:
+        if cache.length > length:
+            end()
+        return Cache()
+
+    slots = StateSlots(
+        create=create if where == "create" else Cache,
+        length=engine.length,
+        truncate=truncate if where == "truncate" else None,
+        release=engine.release,
+    )
+    with Session() as mine:
+        borrow = slots.borrow(mine)
+        state = borrow.__enter__()
+        state.append(TOKENS)
+        if where == "create":
+            ear.fail(lambda: state.kv_cache)
+        else:
+            state.kv_cache.length = 2
+            state.advance(2)
+            ear.fail(lambda: state.reuse_prefix(TOKENS[:1]))
+        engine.fails.clear()
+
+
+@pytest.mark.parametrize("step", ["commit", "end", "failure", "batch"])
+@pytest.mark.parametrize("raises", [True, False], ids=["raises", "lies"])
+def test_crash_reports_of_a_registry(ear: Ear, engine: Engine, step: str, *, raises: bool) -> None:
+    """Where a KV cache can't be measured, no frame of the registry shows it."""
+
+    def nbytes(cache: Cache) -> int:
+        if raises:
+            raise MemoryError
+        return cast("int", Hush())
+
+    slots = StateSlots(create=Cache, length=engine.length, release=engine.release, nbytes=nbytes)
+
+    def work() -> None:
+        with slots.borrow_all([mine]) if step == "batch" else slots.borrow(mine) as entered:
+            state = entered[0] if isinstance(entered, list) else entered
+            state.append(TOKENS)
+            state.kv_cache.length = 3
+            state.advance(3)
+            if step == "failure":
+                engine.fails.add("release")
+                raise KeyError
+            if step == "commit":
+                state.commit()
+
+    with SessionRegistry(max_kv_bytes=100) as registry:
+        mine = registry.open()
+        ear.fail(work)
+        engine.fails.clear()
+
+
+def test_crash_reports_of_an_eviction(ear: Ear, engine: Engine) -> None:
+    """What `release` raises when a registry evicts is told to the hook for such errors, and shows no KV cache."""
+    with SessionRegistry(max_kv_bytes=1) as registry:
+        for session in (registry.open(), registry.open()):
+            engine.fails.add("release")
+            with engine.slots.borrow(session) as state:
+                state.append(TOKENS)
+                state.kv_cache.length = 3
+                state.advance(3)
+        heard = len(ear.heard)
+        assert heard
+        engine.fails.clear()
+
+
+@attrs.define
+class Told:
+    """Something that `attrs` reads."""
+
+    secret: Hush = attrs.field(factory=Hush)
+
+
+def refuse(field: "attrs.Attribute[Any]", value: object) -> bool:
+    """Fail."""
+    raise KeyError
+
+
+def test_the_crash_reporter_reports() -> None:
+    """What the crash reporter of these tests looks for would be found."""
+    with pytest.raises(KeyError) as caught:
+        attrs.asdict(Told(), filter=refuse)
+    told = "".join(variables(caught.value, "attr"))
+    assert "hush" in told
+    if RICH:
+        assert "hush" in report(caught.value)
