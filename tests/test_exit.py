@@ -22,11 +22,12 @@ LATE = ["in_builtins", "in_builtins_unclosed", "in_a_daemon_thread"]
 """Where it does so when modules are gone, or not at all."""
 
 
-def run(place: str, log: Path, *options: str) -> tuple[str, list[str]]:
+def run(place: str, log: Path, *options: str, thread: bool) -> tuple[str, list[str]]:
     """Exit with a session in some place; return what was said, and what was released."""
     log.touch()
+    arguments = [place, str(log), *(["thread"] if thread else [])]
     done = subprocess.run(
-        [sys.executable, *options, EXITS, place, log],
+        [sys.executable, *options, EXITS, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -37,37 +38,47 @@ def run(place: str, log: Path, *options: str) -> tuple[str, list[str]]:
     return done.stderr, log.read_text().split()
 
 
+with_and_without_thread = pytest.mark.parametrize("thread", [False, True], ids=["", "thread"])
+"""Whether a thread ran before, after which a free-threaded interpreter finalises more of its objects late."""
+
+
+@with_and_without_thread
 @pytest.mark.parametrize("place", FINALISED)
-def test_a_session_that_is_finalised(place: str, tmp_path: Path) -> None:
+def test_a_session_that_is_finalised(place: str, tmp_path: Path, *, thread: bool) -> None:
     """A session open at the exit is released, once, and by default nothing is said about it."""
-    assert run(place, tmp_path / "log") == ("", ["released"])
+    assert run(place, tmp_path / "log", thread=thread) == ("", ["released"])
 
 
+@with_and_without_thread
 @pytest.mark.parametrize("place", LATE)
-def test_a_session_that_dies_late(place: str, tmp_path: Path) -> None:
+def test_a_session_that_dies_late(place: str, tmp_path: Path, *, thread: bool) -> None:
     """A session that dies when next to nothing is left does so quietly, and is released at most once."""
-    said, released = run(place, tmp_path / "log")
+    said, released = run(place, tmp_path / "log", thread=thread)
     assert said == ""
     assert released in ([], ["released"])
 
 
+@with_and_without_thread
 @pytest.mark.parametrize(
     ("place", "options"),
     [("in_main", ["-W", "always"]), *((place, ["-X", "dev"]) for place in FINALISED)],
 )
-def test_a_warning_for_who_asks(place: str, options: list[str], tmp_path: Path) -> None:
+def test_a_warning_for_who_asks(
+    place: str, options: list[str], tmp_path: Path, *, thread: bool
+) -> None:
     """Who asks for warnings gets one ResourceWarning for a session open at the exit, and nothing else."""
-    said, released = run(place, tmp_path / "log", *options)
+    said, released = run(place, tmp_path / "log", *options, thread=thread)
     assert released == ["released"]
     assert said.count("ResourceWarning: unclosed <Session ") == 1
     assert "Error" not in said
     assert "Traceback" not in said
 
 
+@with_and_without_thread
 @pytest.mark.parametrize("place", LATE)
-def test_no_noise_for_who_asks(place: str, tmp_path: Path) -> None:
+def test_no_noise_for_who_asks(place: str, tmp_path: Path, *, thread: bool) -> None:
     """Nor does a session that dies late cause anything but that warning."""
-    said, released = run(place, tmp_path / "log", "-X", "dev")
+    said, released = run(place, tmp_path / "log", "-X", "dev", thread=thread)
     assert len(released) <= 1
     assert "Error" not in said
     assert "Traceback" not in said

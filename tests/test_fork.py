@@ -185,6 +185,53 @@ def test_a_session_borrowed_in_mid_fork(session: Session) -> None:
 
 
 @needs_fork
+def test_whether_it_is_borrowed(session: Session) -> None:
+    """No step is under way in a child, whatever it was forked in the midst of."""
+    in_child(lambda: check_not_borrowed(session))
+    with SLOTS.borrow(session):
+        in_child(lambda: check_not_borrowed(session))
+        assert session.borrowed
+
+
+def check_not_borrowed(session: Session) -> None:
+    """Require that a session isn't borrowed, nor said to be."""
+    assert not session.borrowed
+    assert "borrowed" not in repr(session)
+
+
+@needs_fork
+@pytest.mark.parametrize("batch", [False, True], ids=["borrow", "borrow_all"])
+def test_the_members_of_an_inherited_state(session: Session, *, batch: bool) -> None:
+    """Whatever is asked of a state that a child inherited is refused, with the reason."""
+    borrow = SLOTS.borrow_all([session]) if batch else SLOTS.borrow(session)
+    with borrow as entered:
+        state = entered[0] if isinstance(entered, list) else entered
+        uses: list[Callable[[], object]] = [
+            lambda: state.kv_cache,
+            lambda: setattr(state, "kv_cache", []),
+            lambda: state.token_history,
+            lambda: state.kv_length,
+            lambda: state.pending,
+            lambda: state.append([7]),
+            lambda: state.append((7, 8)),
+            lambda: state.advance(0),
+            state.commit,
+            lambda: state.rewind(0),
+            lambda: state.reuse_prefix([7, 8]),
+            state.token_history.__len__,
+            lambda: state.token_history[0],
+        ]
+
+        def child() -> None:
+            for use in uses:
+                with pytest.raises(SessionForkedError):
+                    use()
+
+        in_child(child)
+        assert (state.token_history, state.kv_cache, state.pending) == ([1, 2], [1, 2], [])
+
+
+@needs_fork
 @pytest.mark.parametrize("batch", [False, True], ids=["borrow", "borrow_all"])
 @pytest.mark.parametrize("failure", [None, MemoryError()], ids=["clean", "exception"])
 def test_the_end_of_an_inherited_borrow(
@@ -337,6 +384,35 @@ def test_a_child_that_exits_as_usual(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     parent = done.stdout.strip()
     assert (tmp_path / "released").read_text().split() == [parent] * 3
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    "case",
+    [
+        "closed",
+        "closed_by_the_registry",
+        "dropped",
+        "borrowed",
+        "in_mid_borrow",
+        "ended",
+        "while_locked",
+        "while_others_fork",
+    ],
+)
+def test_hooks_that_are_older_than_the_library(case: str) -> None:
+    """A framework whose own fork hook runs first in the child releases nothing there, and is refused as anyone."""
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "earlier_hook.py", case],
+        env=UNMEASURED,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    kept = 3 if case == "in_mid_borrow" else 2
+    assert done.stdout.splitlines() == ["in the parent"] * kept
 
 
 def test_a_platform_without_fork() -> None:

@@ -1,5 +1,6 @@
-"""The interpreter exits with an open session: `exits.py PLACE FILE`, where PLACE is where the session is.
+"""The interpreter exits with an open session: `exits.py PLACE FILE [thread]`, where PLACE is where the session is.
 
+With `thread`, the session is begun in a thread that has ended then.
 Each `release` appends a line to FILE, by C functions alone, which work as long as the interpreter does. Run by
 test_exit.py.
 """
@@ -119,4 +120,12 @@ kept: object = None
 abandoned: AbstractContextManager[BorrowedState[bytearray], None] | None = None
 stream: Iterator[None] = iter(())
 
-globals()[sys.argv[1]](begin())
+begun: list[Session] = []
+
+if "thread" in sys.argv[3:]:
+    first = threading.Thread(target=lambda: begun.append(begin()))
+    first.start()
+    first.join()
+else:
+    begun.append(begin())
+globals()[sys.argv[1]](begun.pop())
