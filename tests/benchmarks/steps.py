@@ -1,7 +1,7 @@
 """What an engine does with a session, without a model, in loops that are short enough to measure."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from threading import Lock
 
@@ -20,7 +20,7 @@ def cut(kv_cache: list[int], length: int) -> list[int]:
     return kv_cache
 
 
-slots = StateSlots(create=list[int], length=len, truncate=cut)
+slots = StateSlots(create=list[int], length=len, truncate=cut, nbytes=len)
 
 
 @cache
@@ -38,6 +38,27 @@ def step(session: Session, count: int) -> None:
     """Do a decode step's bookkeeping."""
     for _ in range(count):
         with slots.borrow(session) as state:
+            kv_cache = state.kv_cache
+            state.append(TOKEN)
+            kv_cache.append(0)
+            state.advance(1)
+
+
+def long_step(session: Session, count: int) -> None:
+    """Do the same within one borrow."""
+    with slots.borrow(session) as state:
+        kv_cache = state.kv_cache
+        for _ in range(count):
+            state.append(TOKEN)
+            kv_cache.append(0)
+            state.advance(1)
+            state.commit()
+
+
+def step_all(sessions: Sequence[Session]) -> None:
+    """Do a decode step's bookkeeping for a batch."""
+    with slots.borrow_all(sessions) as states:
+        for state in states:
             kv_cache = state.kv_cache
             state.append(TOKEN)
             kv_cache.append(0)

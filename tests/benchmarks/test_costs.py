@@ -16,26 +16,27 @@ import pytest
 from numpy.typing import NDArray
 from tests.benchmarks.measuring import BATCH, Cost, Measure, timed
 from tests.benchmarks.steps import (
-    TOKEN,
     advance,
     append,
     borrow,
     commit,
     commit_token,
+    long_step,
     look,
     rewind,
     slots,
     step,
+    step_all,
     step_by_hand,
     timed_at,
 )
 
-from inference_session import Session
+from inference_session import Session, SessionRegistry
 
 
 FEW, MANY = 10, 1_000_000
 PROMPT = 131_072
-MODULES = "attrs, uuid, threading"
+MODULES = "attrs, logging, threading, uuid"
 
 
 # --- A session by itself
@@ -100,14 +101,11 @@ def batch() -> list[Session]:
     return [Session() for _ in range(BATCH)]
 
 
-def step_batch(_: int) -> None:
-    """Do a decode step's bookkeeping for a batch."""
-    with slots.borrow_all(batch()) as states:
-        for state in states:
-            kv_cache = state.kv_cache
-            state.append(TOKEN)
-            kv_cache.append(0)
-            state.advance(1)
+@cache
+def registered_batch() -> tuple[SessionRegistry, list[Session]]:
+    """Return the sessions of a batch in a registry with a budget, and the registry."""
+    registry = SessionRegistry(max_kv_bytes=2**40)
+    return registry, [registry.open() for _ in range(BATCH)]
 
 
 # --- Reuse of a prefix
@@ -167,13 +165,36 @@ def growth(what: str, work: Callable[[Session, int], None]) -> Cost:
     )
 
 
+def limit(on_3_11: float, on_3_13: float) -> float:
+    """Return how often the time by hand a step may take: calls are dear on 3.11, and by hand there are few."""
+    return on_3_11 if sys.version_info < (3, 12) else on_3_13
+
+
+BY_HAND = timed(step_by_hand)
+
 COSTS = [
     Cost("Session()", timed(create_sessions), "id alone", timed(create_only_ids), 1.5),
     Cost("Session()", timed(create_sessions), "written by hand", timed(create_by_hand), 1.5),
     Cost("memory", partial(memory_of, Session), "id alone", partial(memory_of, OnlyId), 2),
     Cost("memory", partial(memory_of, Session), "written by hand", partial(memory_of, ByHand), 2),
-    Cost("step", timed_at(FEW, step), "written by hand", timed(step_by_hand), 10),
-    Cost(f"step of {BATCH}", timed(step_batch), "written by hand", timed(step_by_hand), 10),
+    Cost("step", timed_at(FEW, step), "written by hand", BY_HAND, limit(13, 10)),
+    Cost(
+        "step, in one borrow", timed_at(FEW, long_step), "written by hand", BY_HAND, limit(5, 3.5)
+    ),
+    Cost(
+        f"step of {BATCH}",
+        timed(lambda _: step_all(batch())),
+        "written by hand",
+        BY_HAND,
+        limit(11, 8),
+    ),
+    Cost(
+        f"step of {BATCH}, in a registry",
+        timed(lambda _: step_all(registered_batch()[1])),
+        "written by hand",
+        BY_HAND,
+        limit(16, 12),
+    ),
     growth("borrow", borrow),
     growth("append", append),
     growth("advance", advance),

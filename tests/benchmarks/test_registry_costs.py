@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache, partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -14,7 +15,7 @@ from uuid import UUID
 
 import pytest
 from tests.benchmarks.measuring import Cost, Measure, timed
-from tests.benchmarks.steps import step
+from tests.benchmarks.steps import TOKEN, slots, step
 
 from inference_session import Session, SessionRegistry
 
@@ -135,6 +136,33 @@ def stepping(session: Session) -> Measure:
     return timed(work)
 
 
+class Borrowed:
+    """A registry that is over its budget, with nothing to evict: all of its sessions are borrowed."""
+
+    def __init__(self, size: int) -> None:
+        self.registry = SessionRegistry(max_kv_bytes=0)
+        self.sessions = [self.registry.open() for _ in range(size)]
+        self.stack = ExitStack()
+        self.states = self.stack.enter_context(slots.borrow_all(self.sessions))
+        for state in self.states:
+            state.append(TOKEN)
+            state.kv_cache.append(0)
+            state.advance(1)
+            state.commit()
+        self.turns = cycle(self.states)
+
+    def commit(self, count: int) -> None:
+        """Commit, one session after the other."""
+        for state in islice(self.turns, count):
+            state.commit()
+
+
+@cache
+def commit_over_budget(size: int) -> Measure:
+    """Measure a commit with so many sessions borrowed over the budget."""
+    return timed(Borrowed(size).commit)
+
+
 # --- Memory
 
 
@@ -235,6 +263,13 @@ COSTS: list[tuple[str, Maker, str, Maker, float]] = [
         "by itself",
         lambda: stepping(Session()),
         2.5,
+    ),
+    (
+        "commit over budget, 10,000",
+        partial(commit_over_budget, 10_000),
+        "with 1",
+        partial(commit_over_budget, 1),
+        1.5,
     ),
     (
         f"memory, {MANY:,}",
