@@ -52,6 +52,7 @@ def setup(app: Sphinx) -> None:
     The napoleon extension would do so, too, but takes what precedes a colon in an attribute's docstring for its type.
     """
     app.connect("autodoc-process-docstring", _convert_sections)
+    app.connect("autodoc-process-bases", _show_public_bases)
     picture.draw(HERE / "_build" / "concepts.svg")
     errors.write(HERE / "_build" / "errors.md")
 
@@ -59,3 +60,8 @@ def setup(app: Sphinx) -> None:
 def _convert_sections(*event: object) -> None:
     lines = cast("list[str]", event[-1])
     lines[:] = GoogleDocstring(lines).lines()
+
+
+def _show_public_bases(*event: object) -> None:
+    bases = cast("list[type]", event[-1])
+    bases[:] = [base.__base__ or base if base.__name__[0] == "_" else base for base in bases]
