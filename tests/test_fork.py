@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_session import Session
+from inference_session import Session, _fork
 from inference_session.engine import StateSlots
 from inference_session.exceptions import SessionBusyError, SessionForkedError
 
@@ -439,3 +439,17 @@ with Session() as session:
         timeout=110,
     )
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["1"], "")
+
+
+def test_several_forks_at_once() -> None:
+    """As long as any thread forks, nobody is trusted but the operating system; a hook that was struck does no harm."""
+    _fork._before()
+    _fork._before()
+    assert _fork.pid == 0
+    _fork._after_in_parent()
+    assert _fork.pid == 0
+    assert _fork.is_here(os.getpid())
+    assert not _fork.is_here(os.getppid())
+    for _ in range(2):
+        _fork._after_in_parent()
+        assert _fork.pid == os.getpid()

@@ -16,6 +16,7 @@ from tests.books import check_books, in_order, sizes
 
 from inference_session import Session, SessionRegistry, _lease, _registry
 from inference_session._lease import Lease, nobody, replace, take
+from inference_session._lock import lock
 from inference_session._session import Maintenance
 from inference_session.engine import BorrowedState, StateSlots
 from inference_session.exceptions import (
@@ -1113,7 +1114,7 @@ def test_many_borrowed_ones_cost_nothing(engine: Engine, monkeypatch: pytest.Mon
     looks: list[Session] = []
     maintain = Session._maintain
 
-    def count(session: Session, work: Callable[[Lease], None]) -> bool:
+    def count(session: Session, work: Callable[[], None]) -> bool:
         looks.append(session)
         return maintain(session, work)
 
@@ -1198,7 +1199,7 @@ def test_no_memory_to_reckon_with(
         registry._room = stubborn(registry._room)
         with suppress(MemoryError):
             step(engine, registry, first)
-        assert not cast("Any", _lease.lock)._is_owned()
+        assert not cast("Any", lock)._is_owned()
         registry._kv_total, registry._room = int(registry._kv_total), int(registry._room)
         gc.collect()
         check_books(registry, 2)
@@ -1208,6 +1209,36 @@ def test_no_memory_to_reckon_with(
             engine.step(registry.open(), 5)
             check_books(registry, 2)
             assert registry._kv_total <= 500
+
+
+def test_given_back_when_it_is_passed_over(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that is given back just when it is passed over as a borrowed one counts as used by then."""
+    with SessionRegistry(max_kv_bytes=500) as registry, ExitStack() as other_thread:
+        first, second = registry.open(), registry.open()
+        engine.step(first, 3)
+        other_thread.enter_context(engine.slots.borrow(first))
+        settle_at_the_end = Session._settle_at_the_end
+
+        def too_late(session: Session) -> bool:
+            monkeypatch.setattr(Session, "_settle_at_the_end", settle_at_the_end)
+            other_thread.close()
+            return settle_at_the_end(session)
+
+        monkeypatch.setattr(Session, "_settle_at_the_end", too_late)
+        engine.step(second, 3)
+        assert (engine.cached(first), engine.cached(second)) == (3, 0)  # now the other one is older
+        assert registry._kv_total == 300
+        check_books(registry)
+
+
+def test_nothing_to_look_at_again(engine: Engine) -> None:
+    """A session that was not passed over keeps its place in the order of use."""
+    with SessionRegistry(max_kv_bytes=500) as registry:
+        first, second = registry.open(), registry.open()
+        entry = second._observer
+        assert isinstance(entry, _registry._Entry)
+        registry._look_again(second, entry)
+        assert in_order(registry) == [first, second]
 
 
 class Size(int):

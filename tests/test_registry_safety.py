@@ -21,7 +21,8 @@ import pytest
 from tests.books import check_books, sizes
 from tests.weather import Strike, Weather
 
-from inference_session import Session, SessionRegistry, _registry
+from inference_session import Session, SessionRegistry
+from inference_session._lock import lock
 from inference_session.engine import StateSlots
 from inference_session.exceptions import (
     SessionBusyError,
@@ -148,7 +149,7 @@ def test_no_delivery_point_under_the_lock(weather: Weather) -> None:
     """No signal handler ever runs while the lock is held, so whatever it waits for, it doesn't wait for itself."""
     held: list[int] = []
     point = 0
-    owned: Callable[[], bool] = getattr(_registry._lock, "_is_owned")  # noqa: B009 typeshed hides it
+    owned: Callable[[], bool] = getattr(lock, "_is_owned")  # noqa: B009 typeshed hides it
 
     def look() -> None:
         if owned():

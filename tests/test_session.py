@@ -655,3 +655,10 @@ def test_pickles_name_public_modules(result: object, protocol: int) -> None:
     assert module.__name__.encode() in data
     assert b"inference_session._" not in data
     assert repr(pickle.loads(data)) == repr(result)
+
+
+def test_nothing_to_settle() -> None:
+    """A session that is open and in no registry is left alone when a borrow of it has ended."""
+    with Session() as session:
+        session._settle()
+        assert not session.closed

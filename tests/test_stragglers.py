@@ -7,16 +7,19 @@ thread that did the step is still at it: in the model, in the caller's iterable,
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Final, Literal, Self, TypeAlias
+from typing import Final, Literal, Self, TypeAlias, cast
 
 import pytest
 from attrs import define, field, frozen
 from tests.caches import Cache, Memory
 
-from inference_session import Session, SessionRegistry
+from inference_session import Session, SessionRegistry, _borrow
+from inference_session import _transaction as transaction
+from inference_session._lease import Lease, replace
 from inference_session.engine import BorrowedState, StateSlots
 from inference_session.exceptions import (
     BorrowExpiredError,
@@ -634,3 +637,95 @@ def test_a_commit_in_a_registry() -> None:
             assert isinstance(memory.straggler.go_on(), BorrowExpiredError)
             assert registry._kv_total == before
         assert set(measured_by) == {threading.current_thread()}
+
+
+def test_the_last_instant() -> None:
+    """Whatever changes a session looks at the writer in the instant of the change, and not only some time before."""
+    released: list[list[int]] = []
+    slots = StateSlots(create=list[int], length=len, release=released.append)
+    with Session() as session:
+        with slots.borrow(session) as state:
+            state.append([1, 2])
+            state.kv_cache = [1, 2]
+            state.advance(2)
+        with slots.borrow(session) as state:
+            over = state._lease
+        with slots.borrow(session) as state:
+            state.kv_cache = [1, 2]
+            late: list[Callable[[], object]] = [
+                partial(transaction.create_cache, session, slots, over),
+                partial(transaction.replace_cache, session, over, [7]),
+                partial(transaction.rewrite, session, over, 0, array("i")),
+                partial(transaction.check_length, session, slots, over, 2),
+                partial(transaction.new_savepoint, session, slots, over),
+                partial(session._release_cache, over),
+                partial(session._release_savepoint_cache, over),
+            ]
+            for change in late:
+                with pytest.raises(BorrowExpiredError):
+                    change()
+            assert state.token_history == state.kv_cache == [1, 2]
+            assert released == [[]]  # made by `create` too late
+        assert session.token_count == 2
+
+
+def test_an_observer_that_ends_the_borrow() -> None:
+    """A borrow that ends while its commit is being noted commits nothing."""
+
+    class Ending:
+        def committing(self, session: Session) -> None:
+            block.__exit__(KeyError, None, None)
+
+        def rolled_back(self, session: Session, failure: BaseException | None) -> None: ...
+
+        def settled(self, session: Session) -> None: ...
+
+        def close(self, session: Session) -> None:
+            session._closed = True
+
+    slots = StateSlots(create=list[int], length=len)
+    with Session() as session:
+        block = slots.borrow(session)
+        state = block.__enter__()
+        state.append([1])
+        session._observer = Ending()
+        with pytest.raises(BorrowExpiredError):
+            state.commit()
+        assert session.token_count == 0
+        assert not session.borrowed
+
+
+def test_an_engine_without_release() -> None:
+    """A KV cache that was made too late is dropped where there is nothing to release."""
+    memory = SlowMemory()
+    slots = StateSlots(create=memory.create, length=memory.length)
+    with Session() as session:
+        with suppress(TimeoutError), slots.borrow(session) as state:
+            memory.straggler.begin(lambda: state.kv_cache, "after create")
+            raise TimeoutError
+        assert isinstance(memory.straggler.go_on(), BorrowExpiredError)
+        assert session._slots is None
+
+
+def test_taken_over_while_it_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block whose lease died too early finds that somebody else takes the session in that very instant."""
+    slots = StateSlots(create=list[int], length=len)
+    with Session() as session, ExitStack() as other:
+        block = slots.borrow(session)
+        block.__enter__().append([1])
+        session._lease = session._writer = cast("BorrowedState[list[int]]", block)._lease = dead
+
+        def too_late(session: Session, last: Lease, lease: Lease) -> bool:
+            monkeypatch.setattr(_borrow, "replace", replace)
+            other.enter_context(slots.borrow(session)).append([2])
+            return replace(session, last, lease)
+
+        monkeypatch.setattr(_borrow, "replace", too_late)
+        with pytest.raises(BorrowExpiredError):
+            block.__exit__(None, None, None)
+        other.close()
+        assert session.token_count == 1
+
+
+def dead() -> None:
+    """Be a lease that has died."""

@@ -5,8 +5,8 @@ runs in the child before it. So for as long as a fork is under way nobody is tru
 """
 
 import os
-
-from inference_session._lock import lock, locked
+from threading import RLock
+from typing import Final
 
 
 pid: int = os.getpid()
@@ -14,6 +14,10 @@ pid: int = os.getpid()
 
 _forks = 0
 """How many threads are forking now."""
+
+# A lock of their own, so that a fork waits for nobody but other forks; `_lock` tells why it's taken by a loop.
+_counting: Final = RLock()
+_counted: Final = iter(_counting.acquire, False)  # noqa: FBT003 it never returns that
 
 
 def is_here(process: int) -> bool:
@@ -23,31 +27,32 @@ def is_here(process: int) -> bool:
 
 def _before() -> None:
     global pid, _forks  # noqa: PLW0603 read wherever a session is taken, so nothing is faster
-    for _ in locked:
+    for _ in _counted:
         try:
             _forks += 1
             pid = 0
         finally:
-            lock.release()
+            _counting.release()
         break
 
 
 def _after_in_parent() -> None:
     global pid, _forks  # noqa: PLW0603
     here = os.getpid()
-    for _ in locked:
+    for _ in _counted:
         try:
             if _forks:
                 _forks -= 1
             if not _forks:
                 pid = here
         finally:
-            lock.release()
+            _counting.release()
         break
 
 
 def _after_in_child() -> None:
     global pid, _forks  # noqa: PLW0603
+    _counting._at_fork_reinit()  # type: ignore[attr-defined]  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
     _forks = 0
     pid = os.getpid()
 

@@ -146,6 +146,19 @@ class LeasedBlock:
 
     if TYPE_CHECKING:
 
+        def _end(
+            self,
+            exc_type: type[BaseException] | None,
+            exc: BaseException | None,
+            traceback: TracebackType | None,
+            /,
+        ) -> None:
+            """Commit or roll back, give back what was taken, and hold nothing any more.
+
+            Where this is interrupted nothing is given back, but the lease dies, and the next to take the session rolls
+            it back first.
+            """
+
         def __exit__(
             self,
             exc_type: type[BaseException] | None,
@@ -174,17 +187,3 @@ class LeasedBlock:
         """Return a lease that lives until the block has ended, or is dropped."""
         self._hold = hold = _Hold()
         return ref(hold)
-
-    def _end(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None:
-        """Commit or roll back, give back what was taken, and hold nothing any more.
-
-        Where this is interrupted nothing is given back, but the lease dies, and the next to take the session rolls it
-        back first.
-        """
-        raise NotImplementedError

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Final, TypeAlias, cast
 
 from inference_session import Session, _lease
+from inference_session._lock import lock, locked
 from inference_session.engine import StateSlots
 
 
@@ -355,9 +356,9 @@ def the_lock_is_free() -> bool:
     free: list[bool] = []
 
     def look() -> None:
-        free.append(_lease.lock.acquire(blocking=False))
+        free.append(lock.acquire(blocking=False))
         if free[0]:
-            _lease.lock.release()
+            lock.release()
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -369,14 +370,14 @@ def a_struck_replacement_is_torn() -> bool:
     """Tell whether a signal that comes while the lock is being acquired keeps it, or undoes what it's for."""
     session = Session()
     last, mine = session._lease, weakref.ref(session)
-    unharmed = _lease.locked
-    _lease.locked = zip(unharmed, iter(trip, 0), strict=False)  # type: ignore[misc]
+    struck = zip(locked, iter(trip, 0), strict=False)
+    setattr(_lease, "locked", struck)  # noqa: B010 it is final
     try:
         _lease.replace(session, last, mine)
     except Strike:
         return not (the_lock_is_free() and session._lease is mine)
     finally:
-        _lease.locked = unharmed  # type: ignore[misc]
+        setattr(_lease, "locked", locked)  # noqa: B010
     raise AssertionError("it was never delivered")
 
 

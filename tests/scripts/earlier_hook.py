@@ -33,7 +33,8 @@ os.register_at_fork(
     after_in_child=hook
 )  # before the import of the library, which has a hook as well
 
-from inference_session import Session, SessionRegistry, _fork, _lease  # noqa: E402
+from inference_session import Session, SessionRegistry, _fork  # noqa: E402
+from inference_session._lock import lock  # noqa: E402
 from inference_session.engine import BorrowedState, StateSlots  # noqa: E402
 from inference_session.exceptions import SessionForkedError  # noqa: E402
 
@@ -202,7 +203,7 @@ def while_locked() -> None:
     locked, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with _lease.lock:
+        with lock:
             locked.set()
             done.wait(60)
 

@@ -82,5 +82,5 @@ def test_sessions_have_no_order(session: Session, other: Session) -> None:
 def test_sessions_cannot_be_subclassed() -> None:
     """`Session` is final."""
 
-    class Chat(Session):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues, reportUnusedClass]  # ty: ignore[invalid-argument-type, subclass-of-final-class]
+    class Chat(Session):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues, reportUnusedClass]  # ty: ignore[subclass-of-final-class]
         pass
