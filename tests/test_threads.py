@@ -14,7 +14,7 @@ from typing import cast
 
 import pytest
 
-from inference_session import Session
+from inference_session import Session, _lease
 from inference_session._lease import replace
 from inference_session.engine import BorrowedState, StateSlots
 from inference_session.exceptions import SessionBusyError, SessionClosedError
@@ -438,8 +438,10 @@ def test_finalizers_that_close() -> None:
     assert int(done.stdout) > 20, "the garbage collector did not run"
 
 
-def test_heirs_of_a_dead_lease() -> None:
-    """Of several that find the same dead lease, one gets the session: the others come too late."""
+@pytest.mark.parametrize("alone", [True, False])
+def test_heirs_of_a_dead_lease(monkeypatch: pytest.MonkeyPatch, *, alone: bool) -> None:
+    """Of several that find the same dead lease, one gets the session, with and without a GIL: others come too late."""
+    monkeypatch.setattr(_lease, "_ALONE", alone)
     dead, first, second = (weakref.ref(Session()) for _ in range(3))
     session = Session()
     assert not replace(session, dead, first)

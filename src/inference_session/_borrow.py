@@ -148,7 +148,8 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
             ValueError: if `count` is negative, or more than are pending.
             StateMismatchError: if `length(kv_cache)` hasn't grown by `count`.
         """
-        count = index(count)
+        if type(count) is not int:
+            count = index(count)
         session, lease = self._session, self._lease
         if lease() is None or session._pid != _fork.pid or session._writer is not lease:
             session = self._current()
@@ -245,7 +246,10 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         return session
 
     def __enter__(self) -> "BorrowedState[KV]":
-        self._take(self._begin())
+        lease = (
+            self._exit
+        )  # that of a `with` statement, mostly: then there's no need to call `_begin`
+        self._take(lease if self._lease is nobody and lease() is not None else self._begin())
         return self
 
     def _take(self, lease: Lease) -> None:
@@ -256,18 +260,22 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         if session._closed or session._slots is not self._slots or session._pid != _fork.pid:
             self._check_free()
         last = session._lease
-        if last() is not None or not replace(session, last, lease):
+        if (last is not nobody and last() is not None) or not replace(session, last, lease):
             raise SessionBusyError(session._id)
-        try:
-            if last is not nobody:
-                recover(session, last)
-        except BaseException:
-            session._lease = expired  # left to the next
-            raise
+        if last is not nobody:
+            self._recover_session(last)
         # Only now nobody else changes it. Since it was looked at, it may have been closed, or begun by another engine.
         if session._closed or session._slots is not self._slots:
             self._begin_session()
         self._lease = session._writer = lease
+
+    def _recover_session(self, last: Lease) -> None:
+        """Undo what a dead lease left; or leave it to the next and raise."""
+        try:
+            recover(self._session, last)
+        except BaseException:
+            self._session._lease = expired
+            raise
 
     def _check_free(self) -> None:
         session = self._session
@@ -309,7 +317,10 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
                 except BaseException as failure:
                     self._undo(failure)
                     raise
-                session._give_back()
+                if session._closed or session._observer is not None or not session._savepoint[0]:
+                    session._give_back()
+                else:
+                    session._lease = nobody  # all that it does for most sessions
             else:
                 self._undo(exc)
         finally:

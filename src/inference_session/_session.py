@@ -212,7 +212,7 @@ class Session(NeverCopied):
 
     def _give_back(self, failure: BaseException | None = None) -> None:
         """End what `take` began; if the session was closed meanwhile, free its state."""
-        if not self._savepoint[0] and self._is_empty():  # most aren't, and save a call
+        if self._is_empty():
             self._slots = None  # any engine may begin it
         self._lease = nobody
         if self._closed or self._observer is not None:

@@ -106,11 +106,10 @@ def rewrite(session: Session, writer: Lease, length: int, tokens: Ids) -> None:
 def new_savepoint(session: Session, slots: CacheFunctions[Any], writer: Lease) -> Savepoint:
     """Return a savepoint of the present state, if the KV cache covers what it should. Store it at once."""
     length = 0 if session._kv_cache is NO_CACHE else slots.length(session._kv_cache)
-    if session._writer is not writer:
-        raise BorrowExpiredError(session._id)
     if length != session._kv_length:
-        raise _mismatch(session, session._kv_length, length)
-    if (observer := session._observer) is not None:
+        if session._writer is writer:
+            raise _mismatch(session, session._kv_length, length)
+    elif (observer := session._observer) is not None and session._writer is writer:
         observer.committing(session)
     if session._savepoint_cache is not NO_CACHE:
         session._release_savepoint_cache(writer)

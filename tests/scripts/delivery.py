@@ -372,11 +372,14 @@ def a_struck_replacement_is_torn() -> bool:
     last, mine = session._lease, weakref.ref(session)
     struck = zip(locked, iter(trip, 0), strict=False)
     setattr(_lease, "locked", struck)  # noqa: B010 it is final
+    alone = _lease._ALONE
+    setattr(_lease, "_ALONE", False)  # noqa: B010
     try:
         _lease.replace(session, last, mine)
     except Strike:
         return not (the_lock_is_free() and session._lease is mine)
     finally:
+        setattr(_lease, "_ALONE", alone)  # noqa: B010
         setattr(_lease, "locked", locked)  # noqa: B010
     raise AssertionError("it was never delivered")
 
