@@ -19,6 +19,7 @@ from tests.caches import Cache, Memory
 
 from inference_session import Session, SessionRegistry
 from inference_session._borrow import BorrowedBatch, TokenHistory
+from inference_session._never_copied import NeverCopied
 from inference_session.engine import BorrowedState, StateSlots
 
 
@@ -303,3 +304,9 @@ def test_subclass_statement() -> None:
 
         class Subclass(Session):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues, reportUnusedClass]
             """Not to be."""
+
+
+def test_replace_without_the_help_of_attrs() -> None:
+    """`copy.replace` is refused where attrs doesn't add a `__replace__` of its own, too, as older ones don't."""
+    with Session() as session, pytest.raises(TypeError, match=r"send session\.id"):
+        NeverCopied.__replace__(session)
