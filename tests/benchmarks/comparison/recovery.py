@@ -8,7 +8,6 @@ from time import perf_counter
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-import attrs
 from tests.benchmarks.comparison.records import Record, alone
 from tests.benchmarks.comparison.subjects import SUBJECTS, Subject, prompt
 
@@ -102,4 +101,4 @@ def fail(subject: Subject, session: Session) -> float:
 
 def without_truncate(slots: StateSlots[Any]) -> StateSlots[Any]:
     """Return the same for KV caches that can't be truncated."""
-    return attrs.evolve(slots, truncate=None)
+    return StateSlots(create=slots.create, length=slots.length, release=slots.release)
