@@ -8,7 +8,7 @@ from tests.benchmarks.comparison.units import duration, megabytes, percent, shor
 
 
 # What must hold, here and in any run.
-LARGEST_SHARE, LARGEST_SHARE_RANDOM = 0.005, 0.15
+LARGEST_SHARE, LARGEST_SHARE_RANDOM = 0.01, 0.15
 LEAST_GAIN = 10
 FLAT, FLAT_VISITS, SLOWEST_TOKEN = 1.5, 2.5, 4e-9
 LEAST_COPY, MOST_OWNED = 0.95, 0.5
