@@ -439,6 +439,7 @@ def test_forks_while_other_threads_work() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_fork() -> None:
     """In a child inherited sessions are found and refused, and are released in the parent alone."""
     engine = Engine()
