@@ -662,3 +662,23 @@ def test_nothing_to_settle() -> None:
     with Session() as session:
         session._settle()
         assert not session.closed
+
+
+def test_given_back_just_when_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session whose borrow ends in the instant in which another thread closes it is freed, once."""
+    released: list[list[int]] = []
+    slots = StateSlots(create=list[int], length=len, release=released.append)
+    session = Session()
+    block = slots.borrow(session)
+    assert block.__enter__().kv_cache == []
+    settle_at_the_end = Session._settle_at_the_end
+
+    def too_late(session: Session) -> bool:
+        monkeypatch.undo()
+        block.__exit__(None, None, None)
+        return settle_at_the_end(session)
+
+    monkeypatch.setattr(Session, "_settle_at_the_end", too_late)
+    session.close()
+    assert released == [[]]
+    assert not session.borrowed
