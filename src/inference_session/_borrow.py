@@ -263,16 +263,16 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         if (last is not nobody and last() is not None) or not replace(session, last, lease):
             raise SessionBusyError(session._id)
         if last is not nobody:
-            self._recover_session(last)
+            self._recover_session()
         # Only now nobody else changes it. Since it was looked at, it may have been closed, or begun by another engine.
         if session._closed or session._slots is not self._slots:
             self._begin_session()
         self._lease = session._writer = lease
 
-    def _recover_session(self, last: Lease) -> None:
+    def _recover_session(self) -> None:
         """Undo what a dead lease left; or leave it to the next and raise."""
         try:
-            recover(self._session, last)
+            recover(self._session)
         except BaseException:
             self._session._lease = expired
             raise

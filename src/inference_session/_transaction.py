@@ -136,10 +136,10 @@ def roll_back(
         observer.rolled_back(session, failure)
 
 
-def recover(session: Session, last: Lease) -> None:
-    """Undo what was left by the last to have the session, if that lease has died. Nothing of it can write any more."""
+def recover(session: Session) -> None:
+    """Undo what a lease that has died left in the session. Nothing of it can write any more."""
     session._writer = nobody
-    if last is not nobody and session._slots is not None:
+    if session._slots is not None:
         roll_back(session, session._slots)
 
 
