@@ -10,11 +10,13 @@ from typing import Literal, TypeAlias
 
 from attrs import define, field, frozen
 
-from inference_session.engine import BorrowedState, StateSlots
+from inference_session.engine import TORN, BorrowedState, StateSlots
 
 
 FunctionName: TypeAlias = Literal["create", "length", "truncate", "release"]
 Lie: TypeAlias = Literal["too long", "too short", "untouched", "untouched copy"]
+Damage: TypeAlias = Literal["torn", "hidden"]
+"""What a step that failed did to a cache: its layers disagree; or it changed what `length` doesn't count."""
 
 
 @frozen(eq=False)
@@ -39,6 +41,12 @@ class Cache:
     successor: Cache | None = None
     """What `truncate` returned in its place."""
     released: int = 0
+    damage: Damage | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens it covers."""
+        return TORN if self.damage == "torn" else len(self.tokens)
 
     @property
     def is_live(self) -> bool:
@@ -59,6 +67,8 @@ class Memory:
     donating: bool = False
     """Whether, in addition, the old one can't be used after a step any more."""
     truncates: bool = True
+    checkpoint_every: int | None = 1
+    """`truncate` cuts at multiples of this; None is that it can only empty a cache."""
 
     caches: list[Cache] = field(init=False, factory=list[Cache])
     owner: object = field(init=False, default=None)
@@ -93,11 +103,15 @@ class Memory:
         if cache.donated:
             raise RuntimeError("this cache was donated to a step")
         if fault is None:
-            return len(cache.tokens)
-        return len(cache.tokens) + (1 if fault.what == "too long" else -1)
+            return cache.length
+        return cache.length + (1 if fault.what == "too long" else -1)
+
+    def cut_at(self, length: int) -> int:
+        """Return where `truncate` cuts to keep as many of the first tokens as it can."""
+        return 0 if self.checkpoint_every is None else length - length % self.checkpoint_every
 
     def truncate(self, cache: Cache, length: int) -> Cache:
-        """Return a cache of only the first tokens, if it's true."""
+        """Return a cache of only the first tokens, if it's true. What was damaged is sound then."""
         fault = self._due("truncate")
         if fault is not None and not fault.after_work:
             self._strike(fault)
@@ -106,11 +120,13 @@ class Memory:
             raise RuntimeError("this cache was donated to a step")
         if fault is not None and fault.what in {"too long", "too short"}:
             length = max(length + (1 if fault.what == "too long" else -1), 0)
+        else:
+            length = self.cut_at(length)
         kept = cache.tokens[:length]
         if fault is not None and fault.what in {"untouched", "untouched copy"}:
             kept = list(cache.tokens)
         if not self.functional and (fault is None or fault.what != "untouched copy"):
-            cache.tokens = kept
+            cache.tokens, cache.damage = kept, None
             self._strike(fault)
             return cache
         self._strike(fault)

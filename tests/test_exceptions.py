@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 from collections.abc import Callable
 from uuid import UUID, uuid4
 
@@ -10,6 +11,7 @@ import cloudpickle  # type: ignore[import-untyped]  # pyright: ignore[reportMiss
 import pytest
 
 from inference_session import exceptions
+from inference_session.engine import TORN
 from inference_session.exceptions import (
     BorrowExpiredError,
     RegistryFullError,
@@ -36,7 +38,7 @@ OF_A_SESSION = [
 ]
 ERRORS_OF_A_SESSION: list[SessionError] = [
     *(error(SOME_ID) for error in OF_A_SESSION),
-    StateMismatchError(SOME_ID, 5, 3),
+    StateMismatchError(SOME_ID, 5, 3, "advance"),
 ]
 ERRORS = [*ERRORS_OF_A_SESSION, RegistryFullError(7)]
 CLASSES = [getattr(exceptions, name) for name in exceptions.__all__]
@@ -93,6 +95,31 @@ def test_mismatch() -> None:
     assert (error.expected, error.actual) == (5, 3)
     assert "should cover 5 tokens" in str(error)
     assert "its length is 3" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("create", "should cover 0 tokens, .* create must return a KV cache that covers no"),
+        ("advance", "should cover 0 tokens, .* how many pending tokens the model was fed"),
+        ("commit", "should cover 0 tokens, .* call advance after each time"),
+        ("truncate", "should cover at most 0 tokens, .* at most the first n tokens"),
+    ],
+)
+def test_mismatch_says_where(where: str, says: str) -> None:
+    """The error tells which call saw it, and what that one expects of an engine."""
+    error = StateMismatchError(SOME_ID, 0, 3, where)
+    assert error.where == where
+    assert re.search(f"^{where}: .*{says}", str(error))
+
+
+@pytest.mark.parametrize("where", ["", "advance", "truncate"])
+def test_torn(where: str) -> None:
+    """Layers that disagree are called so, by no number."""
+    error = StateMismatchError(SOME_ID, 5, TORN, where)
+    assert error.actual == TORN
+    assert "its length is TORN, as its layers disagree" in str(error)
+    assert str(TORN) not in str(error)
 
 
 def test_not_found() -> None:

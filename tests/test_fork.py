@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from inference_session import Session, _fork
-from inference_session.engine import StateSlots
+from inference_session.engine import Slot, StateSlots
 from inference_session.exceptions import SessionBusyError, SessionForkedError
 
 
@@ -49,6 +49,7 @@ def new_cache() -> list[int]:
 
 SLOTS = StateSlots(create=new_cache, length=len, truncate=truncate, release=release)
 NO_TRUNCATE = StateSlots(create=new_cache, length=len, release=release)
+SLOT = Slot(int)
 
 
 def step(session: Session, slots: StateSlots[list[int]] = SLOTS) -> None:
@@ -218,6 +219,10 @@ def test_the_members_of_an_inherited_state(session: Session, *, batch: bool) -> 
             state.commit,
             lambda: state.rewind(0),
             lambda: state.reuse_prefix([7, 8]),
+            lambda: state.session,
+            lambda: state.chunks(1),
+            lambda: state[SLOT],
+            lambda: state.__setitem__(SLOT, 1),
             state.token_history.__len__,
             lambda: state.token_history[0],
         ]
@@ -284,6 +289,7 @@ def test_an_inherited_borrow_still_open(slots: StateSlots[list[int]]) -> None:
 
         in_child(lambda: attempt(lambda: state.rewind(1)))
         in_child(lambda: attempt(lambda: state.reuse_prefix([7, 8])))
+        in_child(lambda: attempt(lambda: state.chunks(1, keep=2)))
         in_child(lambda: attempt(replace))
     assert session.token_count == 3
     session.close()

@@ -23,7 +23,7 @@ import pytest
 from tests.weather import Strike, Weather, strike
 
 from inference_session import Session
-from inference_session.engine import BorrowedState, StateSlots
+from inference_session.engine import BorrowedState, Slot, StateSlots
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 
 
@@ -134,6 +134,15 @@ class Functional:
         return [*cache[1:]]
 
 
+COUNT = Slot(int)
+"""How many tokens there are: a further slot that must never be out of step with the history."""
+
+
+def count(state: BorrowedState[KV]) -> None:
+    """Put into the further slot how many tokens there are."""
+    state[COUNT] = len(state.token_history)
+
+
 class FaultError(Exception):
     """What a step of an engine raises."""
 
@@ -174,16 +183,19 @@ class Story(Generic[KV]):
         with slots.borrow(one) as state:
             state.append([1, 2, 3])
             feed(state, 2)
+            count(state)
         self.step = 1
         with slots.borrow(one) as state:
             feed(state, 1)
             state.append([4, 5])
+            count(state)
             state.commit()
             self.step = 2
             feed(state, 2)
             state.rewind(2, pending=0)
             state.append([9])
             feed(state, 1)
+            count(state)
         self.step = 3
         try:
             with slots.borrow(one) as state:
@@ -192,12 +204,15 @@ class Story(Generic[KV]):
                 state.rewind(1)
                 state.append([8, 8])
                 feed(state, 2)
+                count(state)
                 raise FaultError  # noqa: TRY301
         except FaultError:
             self.step = 4
         with slots.borrow(one) as state:
             state.reuse_prefix([1, 2, 7, 8, 7])
-            feed(state, 3 if state.kv_length else 5)
+            for part in state.chunks(2, keep=0):
+                feed(state, len(part))
+            count(state)
         self.step = 5
         slots.evict(one)
         self.step = 6
@@ -205,6 +220,7 @@ class Story(Generic[KV]):
             for state in states:
                 state.append([6])
                 feed(state, len(state.pending))
+                count(state)
         self.step = 7
         try:
             with slots.borrow_all([one, other]) as states:
@@ -214,8 +230,9 @@ class Story(Generic[KV]):
                 raise FaultError  # noqa: TRY301
         except FaultError:
             self.step = 8
-        with slots.borrow(one) as state:
+        with slots.borrow(one, key="another") as state:
             state.rewind(3)
+            count(state)
         self.step = 9
         one.close()
         other.close()
@@ -226,10 +243,12 @@ class Story(Generic[KV]):
         with slots.borrow(one) as state:
             state.append([1, 2, 3])
             feed(state, 3)
+            count(state)
         with slots.borrow_all([one, other]) as states:
             for state in states:
                 state.append([6])
                 feed(state, 1)
+                count(state)
                 state.commit()
             other.close()
             states[1].append([5])
@@ -237,6 +256,7 @@ class Story(Generic[KV]):
         with slots.borrow(one) as state:
             state.append([4, 4])
             feed(state, 1)
+            count(state)
             state.commit()
             one.close()
             feed(state, 1)
@@ -251,6 +271,7 @@ class Story(Generic[KV]):
             for state in states:
                 state.append([5, 5])
                 self.feed(state, 1)
+                count(state)
             yield
 
     def run_collected(self) -> None:
@@ -259,6 +280,7 @@ class Story(Generic[KV]):
         with slots.borrow(one) as state:
             state.append([1, 2, 3])
             feed(state, 2)
+            count(state)
         self.step = 1
         stream = self.stream([one])
         next(stream)
@@ -269,6 +291,7 @@ class Story(Generic[KV]):
         with slots.borrow(one) as state:
             feed(state, 1)
             state.append([4, 5])
+            count(state)
         self.step = 2
         stream = self.stream([one, other])
         next(stream)
@@ -293,12 +316,13 @@ class Story(Generic[KV]):
 
     def check_one(self, session: Session) -> list[int] | None:
         """Return the history of a session that must be free and whole."""
-        count = session.token_count
+        total = session.token_count
         if session.closed:
             return None
         with self.slots.borrow(session) as state:
             history = [*state.token_history]
-            assert count == len(history), "token_count is torn"
+            assert total == len(history), "token_count is torn"
+            assert state[COUNT] == total, "the further slot is torn"
             covered = state.kv_length
             if covered:
                 assert self.tokens(state.kv_cache) == history[:covered], "ragged"

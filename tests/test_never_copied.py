@@ -20,7 +20,7 @@ from tests.caches import Cache, Memory
 from inference_session import Session, SessionRegistry
 from inference_session._borrow import BorrowedBatch, TokenHistory
 from inference_session._never_copied import NeverCopied
-from inference_session.engine import BorrowedState, StateSlots
+from inference_session.engine import BorrowedState, Slot, StateSlots
 
 
 SOME_ID = UUID("12345678-1234-5678-1234-567812345678")
@@ -30,6 +30,7 @@ INSTEAD: dict[type, str] = {
     BorrowedState: "borrow the session where you need its state",
     BorrowedBatch: "borrow the sessions where you need their states",
     StateSlots: "hand on this very object",
+    Slot: "share this very object",
     TokenHistory: r"`token_history\[:\]` is a list",
     SessionRegistry: "send their ids, and have one registry in each process",
 }
@@ -59,6 +60,7 @@ STATES = [
     "batch not entered",
     "registry",
     "closed registry",
+    "slot",
 ]
 
 
@@ -96,6 +98,7 @@ def thing(
                 slots.borrow_all([used]),
                 registry,
                 closed,
+                Slot(int),
             ]
             yield things[STATES.index(request.param)]
             assert state.token_history == [1, 2, 3, 4]

@@ -26,7 +26,7 @@ import pytest
 from hypothesis.vendor.pretty import pretty
 
 from inference_session import Session, SessionRegistry
-from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
+from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, Slot, StateSlots
 
 
 TOKENS = [1234567, 1234568, 1234569]
@@ -88,6 +88,9 @@ class Hush:
 
     def __format__(self, spec: str) -> str:
         return "hush"
+
+
+VALUE = Slot(Hush)
 
 
 class Cache(Hush):
@@ -228,6 +231,7 @@ def session(engine: Engine) -> Iterator[Session]:
         state.append(TOKENS)
         state.kv_cache.length = 2
         state.advance(2)
+        state[VALUE] = Hush()
     yield session
     engine.fails.clear()
     session.close()
@@ -854,6 +858,41 @@ def after(*steps: Crash) -> Crash:
     return crash
 
 
+def skip_part(state: BorrowedState[Cache]) -> None:
+    """Ask for two parts, and advance for none."""
+    parts = state.chunks(1, keep=0)
+    next(parts)
+    next(parts)
+
+
+def ask_for_more(state: BorrowedState[Cache]) -> None:
+    """Ask for a part of a session that was closed."""
+    state.session.close()
+    next(state.chunks(1, keep=0))
+
+
+def set_value(state: BorrowedState[Cache]) -> None:
+    """Put something into a further slot."""
+    state[VALUE] = Hush()
+
+
+def set_no_slot(state: BorrowedState[Cache]) -> None:
+    """Take something else for a slot."""
+    state[cast("Slot[Hush]", "slot")] = Hush()
+
+
+def rewind_twice(state: BorrowedState[Cache]) -> None:
+    """Drop committed tokens, and then fail to truncate."""
+    state.rewind(2, pending=0)
+    state.rewind(1)
+
+
+def change_key(engine: Engine, session: Session) -> None:
+    """Let go of a KV cache of another key."""
+    with engine.slots.borrow(session, key="another"):
+        pass
+
+
 def evict(engine: Engine, session: Session) -> None:
     """Evict the KV cache."""
     engine.slots.evict(session)
@@ -920,6 +959,22 @@ CRASHES: dict[str, Crash] = {
     "late reuse_prefix": late(lambda state: state.reuse_prefix(TOKENS)),
     "late setter": late(set_cache),
     "late history": late(lambda state: state.token_history),
+    "late value": late(set_value),
+    "late first value": late(lambda state: state[Slot(Hush)]),
+    "no slot": block(set_no_slot),
+    "a factory fails": block(lambda state: state[Slot(lambda: 1 / 0)]),
+    "a failure with a value": block(
+        set_value, lambda state: state.append([*TOKENS, -1234567]), fails="release"
+    ),
+    "chunks without advance": block(skip_part),
+    "chunks of a closed session": block(ask_for_more),
+    "truncate fails in chunks": block(
+        lambda state: state.rewind(2, pending=0),
+        lambda state: state.chunks(1, keep=2),
+        fails="truncate",
+    ),
+    "truncate fails after a rewind": block(rewind_twice, fails="truncate"),
+    "release fails for another key": after(no_release, change_key),
 }
 
 

@@ -113,6 +113,10 @@ class Talk:
     state: BorrowedState[Cache] | None = None
     now: tuple[int, int | None] = (0, None)
     """The same as the borrow has it."""
+    handed_out: bool = False
+    """Whether the borrow had its hands on the KV cache."""
+    failed: bool = False
+    """Whether the last borrow had, and failed."""
     unfinished: bool = False
     """Whether the next borrow takes back what another one left."""
     nbytes: int = 0
@@ -311,19 +315,27 @@ class Registries(RuleBasedStateMachine):
             assert talk.borrow is not None
         except ReleaseError as error:  # of what another borrow left; the next one tries again
             assert talk.unfinished
+            talk.cached = None
             self.check_raised(error)
         else:
             assert not talk.closed
             assert talk.borrow is None
             self.resume(talk)
             talk.borrow, talk.state = borrow, state
-            talk.now = talk.tokens, talk.cached
+            talk.now, talk.handed_out = (talk.tokens, talk.cached), False
 
     def resume(self, talk: Talk) -> None:
         """Take back what was left of the last borrow."""
         if talk.unfinished:
-            self.count(talk)
+            self.undo(talk, failed=False)
             talk.unfinished = False
+
+    def undo(self, talk: Talk, *, failed: bool) -> None:
+        """Take back what a borrow did; if the last one failed as well, its KV cache isn't trusted any more."""
+        if talk.failed:
+            talk.cached = None
+        talk.failed = failed
+        self.count(talk)
 
     @rule(number=SESSIONS, count=st.integers(1, 3))
     def feed(self, number: int, count: int) -> None:
@@ -341,7 +353,7 @@ class Registries(RuleBasedStateMachine):
         state.kv_cache.tokens.extend(fed)
         state.advance(len(fed))
         talk.now = talk.now[0] + count, talk.now[0] + count
-        talk.cache = state.kv_cache
+        talk.cache, talk.handed_out = state.kv_cache, True
 
     @rule(number=SESSIONS)
     def commit(self, number: int) -> None:
@@ -356,6 +368,7 @@ class Registries(RuleBasedStateMachine):
     def save(self, talk: Talk) -> None:
         """Take over what a borrow did."""
         talk.tokens, talk.cached = talk.now
+        talk.failed = False
         self.count(talk)
 
     @rule(number=SESSIONS, fails=st.booleans())
@@ -372,7 +385,7 @@ class Registries(RuleBasedStateMachine):
             error = caught
         talk.borrow = talk.state = None
         if fails:
-            self.count(talk)
+            self.undo(talk, failed=talk.handed_out)
         else:
             self.save(talk)
         if talk.closed:
@@ -408,7 +421,7 @@ class Registries(RuleBasedStateMachine):
             with self.engine.slots.borrow_all([talk.session for talk in free]) as states:
                 entered = True
                 for talk, state in zip(free, states, strict=True):
-                    talk.now = talk.tokens, talk.cached
+                    talk.now, talk.handed_out = (talk.tokens, talk.cached), False
                     self.advance(talk, state, count)
                 if fails:
                     raise failure
@@ -421,7 +434,7 @@ class Registries(RuleBasedStateMachine):
         assert entered
         if fails:
             for talk in free:
-                self.count(talk)
+                self.undo(talk, failed=True)
                 self.enforce_but(free[free.index(talk) + 1 :])
         else:
             for talk in free:
@@ -466,7 +479,7 @@ class Registries(RuleBasedStateMachine):
             self.engine.slots.evict(talk.session)
         except ReleaseError as caught:
             error = caught
-        talk.cached = None
+        talk.cached, talk.failed = None, False
         self.count(talk)
         self.enforce()
         self.check_raised(error)

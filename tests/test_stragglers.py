@@ -20,7 +20,7 @@ from tests.caches import Cache, Memory
 from inference_session import Session, SessionRegistry, _borrow
 from inference_session import _transaction as transaction
 from inference_session._lease import Lease, replace
-from inference_session.engine import BorrowedState, StateSlots
+from inference_session.engine import BorrowedState, Slot, StateSlots
 from inference_session.exceptions import (
     BorrowExpiredError,
     SessionBusyError,
@@ -119,8 +119,19 @@ class SlowMemory(Memory):
             super().release(cache)  # the library didn't take it
             raise
 
+    @property
+    def slot(self) -> Slot[int]:
+        """A further slot, whose first value takes a while."""
+
+        def factory() -> int:
+            self.straggler.pause("factory")
+            return 6
+
+        return Slot(factory)
+
 
 State: TypeAlias = BorrowedState[Cache]
+SLOT = Slot(int)
 
 
 @frozen
@@ -150,6 +161,9 @@ CALLS: Final = (
     Slow("reuse_prefix", "before truncate", lambda memory, state: state.reuse_prefix([1, 6])),
     Slow("reuse_prefix", "after truncate", lambda memory, state: state.reuse_prefix([1, 6, 6])),
     Slow("reuse_prefix", "length", lambda memory, state: state.reuse_prefix([6])),
+    Slow("chunks", "before truncate", lambda memory, state: state.chunks(1, keep=2)),
+    Slow("chunks", "after truncate", lambda memory, state: state.chunks(1, keep=3)),
+    Slow("state[slot]", "factory", lambda memory, state: state[memory.slot]),
     Slow("kv_cache setter", "step", lambda memory, state: memory.put(state)),
 )
 
@@ -165,6 +179,10 @@ MEMBERS: Final[dict[str, Callable[[State], object]]] = {
     "commit": lambda state: state.commit(),
     "rewind": lambda state: state.rewind(0),
     "reuse_prefix": lambda state: state.reuse_prefix([6]),
+    "session": lambda state: state.session,
+    "chunks": lambda state: state.chunks(1, keep=9),
+    "state[slot]": lambda state: state[SLOT],
+    "state[slot] =": lambda state: state.__setitem__(SLOT, 6),
 }
 """Every member. None of them could be called without harm in somebody else's borrow."""
 
@@ -643,6 +661,7 @@ def test_the_last_instant() -> None:
     """Whatever changes a session looks at the writer in the instant of the change, and not only some time before."""
     released: list[list[int]] = []
     slots = StateSlots(create=list[int], length=len, release=released.append)
+    truncating = StateSlots(create=list[int], length=len, truncate=lambda cache, n: cache[:n])
     with Session() as session:
         with slots.borrow(session) as state:
             state.append([1, 2])
@@ -656,7 +675,10 @@ def test_the_last_instant() -> None:
                 partial(transaction.create_cache, session, slots, over),
                 partial(transaction.replace_cache, session, over, [7]),
                 partial(transaction.rewrite, session, over, 0, array("i")),
-                partial(transaction.check_length, session, slots, over, 2),
+                partial(transaction.check_length, session, slots, over, 2, "advance"),
+                partial(transaction.copy_values, session, over),
+                partial(transaction.change_key, session, over, "another"),
+                partial(transaction.cut_cache, session, truncating, over, 1),
                 partial(transaction.new_savepoint, session, slots, over),
                 partial(session._release_cache, over),
                 partial(session._release_savepoint_cache, over),

@@ -14,6 +14,7 @@ from inference_session import _fork
 from inference_session._lease import Lease, LeasedBlock, expired, nobody, replace
 from inference_session._never_copied import NeverCopied
 from inference_session._session import NO_CACHE, CacheFunctions, Session
+from inference_session._slot import Slot
 from inference_session._tokens import (
     NO_TOKENS,
     as_tokens,
@@ -23,7 +24,9 @@ from inference_session._tokens import (
     copy_of,
 )
 from inference_session._transaction import (
+    change_key,
     check_length,
+    copy_values,
     create_cache,
     cut_cache,
     new_savepoint,
@@ -42,6 +45,7 @@ from inference_session.exceptions import (
 
 
 KV = TypeVar("KV")
+T = TypeVar("T")
 
 _running: bool | None = True
 """None when the interpreter ends, as all globals of a module may be. The session is then left to its finalizer."""
@@ -55,6 +59,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
     It comes from `StateSlots.borrow` and `StateSlots.borrow_all`. The token history is the truth; the KV cache covers
     its first `kv_length` tokens; the others are `pending`: what the model must be fed next. Nothing is final before the
     block ends or `commit` is called. An exception that leaves the block takes the session back to where it was.
+    `state[slot]` is the value of a further `Slot`.
 
     After the block, every member raises `BorrowExpiredError`.
     """
@@ -63,16 +68,23 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
 
     _session: Session
     _slots: CacheFunctions[KV] = field(repr=False)
+    _key: str = field(repr=False)
 
     _instead = (
         "as it is valid for one `with` block only: borrow the session where you need its state"
     )
 
-    def __init__(self, session: Session, slots: CacheFunctions[KV]) -> None:
+    def __init__(self, session: Session, slots: CacheFunctions[KV], key: str) -> None:
         self._lease = self._exit = nobody
         self._hold = None
         self._session = session
         self._slots = slots
+        self._key = key
+
+    @property
+    def session(self) -> Session:
+        """The session."""
+        return self._current()
 
     @property
     def kv_cache(self) -> KV:
@@ -89,6 +101,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
             session = self._current()
         if session._kv_cache is NO_CACHE:
             create_cache(session, self._slots, lease)
+        session._handed_out = True
         return session._kv_cache  # type: ignore[no-any-return]
 
     @kv_cache.setter
@@ -153,11 +166,12 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         session, lease = self._session, self._lease
         if lease() is None or session._pid != _fork.pid or session._writer is not lease:
             session = self._current()
+        session._handed_out = True
         covered = session._kv_length + count
         if not session._kv_length <= covered <= len(session._token_history):
             pending = len(session._token_history) - session._kv_length
             raise ValueError(f"can't advance by {count} tokens, as {pending} are pending")
-        check_length(session, self._slots, lease, covered)
+        check_length(session, self._slots, lease, covered, "advance")
         session._kv_length = covered
 
     def commit(self) -> None:
@@ -173,16 +187,56 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         if (observer := session._observer) is not None:
             observer.settled(session)
 
+    def chunks(self, size: int, *, keep: int = 1) -> Iterator[list[int]]:
+        """Iterate over the pending tokens, all but the last `keep`, in parts to feed to the model.
+
+        Call `advance` for each part before the next one. If fewer than `keep` tokens are pending, the KV cache first
+        gives up as many as are missing.
+
+        Args:
+            size: the most tokens of a part.
+            keep: how many tokens are left pending, at least; more only if the history is shorter.
+
+        Raises:
+            ValueError: if `size` is less than 1, or `keep` is negative.
+            SessionClosedError: instead of a part, if the session was closed meanwhile: nobody waits for the rest.
+            RuntimeError: after a part, if `advance` was not called for all of it.
+            Exception: from `truncate`, as for `rewind`.
+        """
+        size, keep = index(size), index(keep)
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        if keep < 0:
+            raise ValueError(f"keep must not be negative, got {keep}")
+        session = self._current()
+        most = max(len(session._token_history) - keep, 0)
+        cut_cache(session, self._slots, self._lease, most)
+        return self._chunks(size, keep)
+
+    def _chunks(self, size: int, keep: int) -> Iterator[list[int]]:
+        session = self._current()
+        while (start := session._kv_length) < (end := len(session._token_history) - keep):
+            if session._closed:
+                raise SessionClosedError(session._id)
+            stop = min(start + size, end)
+            yield session._token_history[start:stop].tolist()
+            if (covered := self._current()._kv_length) != stop:
+                raise RuntimeError(
+                    f"the KV cache covers {covered} tokens, and with the last part it should be {stop}: "
+                    "call advance(len(part)) before the next one"
+                )
+
     def rewind(self, length: int, *, pending: int = 1) -> None:
         """Forget all but the first `length` tokens of the history.
 
         The KV cache then covers at most `length - pending` of them, so that there is something to decode from; to
-        go on with other tokens at once, as speculative decoding does, pass 0. A KV cache that covers more and can't be
-        truncated is released.
+        go on with other tokens at once, as speculative decoding does, pass 0. Where `truncate` can't cut anywhere, it
+        may cover fewer; without `truncate`, a KV cache that covers more is released.
 
         Raises:
             ValueError: if the history is shorter than `length`, or a number is negative.
-            StateMismatchError: if `truncate` didn't do as it should.
+            StateMismatchError: if the KV cache that `truncate` returned covers more; it's released.
+            Exception: what `truncate` raised. The KV cache is released, and the history stays as it was.
         """
         length, pending = index(length), index(pending)
         session = self._current()
@@ -209,7 +263,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         Raises:
             ValueError: if an id isn't an int from 0 to 2**31 - 1; nothing changes then.
             TypeError: if `tokens` isn't iterable.
-            StateMismatchError: if `truncate` didn't do as it should.
+            Exception: from `truncate`, as for `rewind`.
         """
         try:
             self._current()
@@ -223,6 +277,36 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
             return session._kv_length
         finally:
             tokens = wanted = rest = NO_TOKENS  # a traceback keeps this frame
+
+    def __getitem__(self, slot: Slot[T], /) -> T:
+        session, lease = self._session, self._lease
+        if lease() is None or session._pid != _fork.pid or session._writer is not lease:
+            session = self._current()
+        try:
+            return session._values[slot]  # type: ignore[no-any-return]
+        except KeyError:
+            pass
+        return self._first_value(slot)
+
+    def __setitem__(self, slot: Slot[T], value: T, /) -> None:
+        session, lease = self._session, self._lease
+        try:
+            if type(slot) is not Slot:
+                raise TypeError(f"only a Slot can be set, got {type(slot).__name__!r}")
+            if lease() is None or session._pid != _fork.pid or session._writer is not lease:
+                session = self._current()
+            if session._values is session._savepoint[3]:
+                copy_values(session, lease)
+            session._values[slot] = value
+        finally:
+            del value  # a traceback keeps this frame
+
+    def _first_value(self, slot: Slot[T]) -> T:
+        """Return what a slot's factory makes, and keep it."""
+        if type(slot) is not Slot:
+            raise TypeError(f"only a Slot can be read, got {type(slot).__name__!r}")
+        self[slot] = slot._factory()
+        return self[slot]
 
     def __repr__(self) -> str:
         session = self._session
@@ -250,6 +334,8 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
             self._exit
         )  # that of a `with` statement, mostly: then there's no need to call `_begin`
         self._take(lease if self._lease is nobody and lease() is not None else self._begin())
+        if self._session._key != self._key:
+            _use_key([self], self)
         return self
 
     def _take(self, lease: Lease) -> None:
@@ -320,7 +406,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
                 if session._closed or session._observer is not None or not session._savepoint[0]:
                     session._give_back()
                 else:
-                    session._lease = nobody  # all that it does for most sessions
+                    session._handed_out, session._lease = False, nobody  # all that it does for most
             else:
                 self._undo(exc)
         finally:
@@ -378,6 +464,7 @@ class BorrowedBatch(LeasedBlock, NeverCopied, Generic[KV]):
                 self._lease, self._hold = expired, None
             raise
         self._lease = lease
+        _use_key(taken, self)
         return taken
 
     def _end(
@@ -407,7 +494,8 @@ class BorrowedBatch(LeasedBlock, NeverCopied, Generic[KV]):
         sessions = [state._session for state in self._states]
         try:
             for state in self._states:
-                check_length(state._session, state._slots, nobody, state._session._kv_length)
+                covered = state._session._kv_length
+                check_length(state._session, state._slots, nobody, covered, "commit")
             savepoints = [
                 new_savepoint(state._session, state._slots, nobody) for state in self._states
             ]
@@ -428,6 +516,20 @@ class BorrowedBatch(LeasedBlock, NeverCopied, Generic[KV]):
     def _undo(self, states: "list[BorrowedState[KV]]", failure: BaseException | None) -> None:
         for state in states:
             state._undo(failure)
+
+
+def _use_key(states: "list[BorrowedState[KV]]", block: LeasedBlock) -> None:
+    """Let go of KV caches that were computed under another key than that of this borrow, which begins."""
+    try:
+        for state in states:
+            if state._session._key != state._key:
+                change_key(state._session, state._lease, state._key)
+    except BaseException as failure:
+        for state in states:
+            if state._stop(block):
+                state._undo(failure)
+        block._lease, block._hold = expired, None
+        raise
 
 
 @final

@@ -13,6 +13,7 @@ from attrs import define, field
 from inference_session import _fork
 from inference_session._lease import Lease, expired, nobody, replace, take
 from inference_session._never_copied import NeverCopied
+from inference_session._slot import NO_VALUES, Values
 from inference_session._tokens import NO_TOKENS, Ids
 from inference_session.exceptions import BorrowExpiredError
 
@@ -21,11 +22,12 @@ KV = TypeVar("KV")
 
 NO_CACHE: Final[Any] = object()
 
-Savepoint: TypeAlias = tuple[int, Ids, int | None]
+Savepoint: TypeAlias = tuple[int, Ids, int | None, Values, bool]
 """What a failure goes back to: how many tokens; the last of them, as far as they were dropped from the history since;
-and how many of them the KV cache covers, None if there is no KV cache to go back to. A tuple, as steps make it fast."""
+how many of them the KV cache covers, None if there is no KV cache to go back to; the values of further slots; and
+whether the last borrow failed with the KV cache in the engine's hands. A tuple, as steps make it fast."""
 
-NOTHING: Final[Savepoint] = (0, NO_TOKENS, None)
+NOTHING: Final[Savepoint] = (0, NO_TOKENS, None, NO_VALUES, False)
 
 
 class CacheFunctions(Protocol[KV]):
@@ -84,6 +86,10 @@ class Session(NeverCopied):
     _token_history: Ids = field(init=False, repr=False)
     _kv_length: int = field(init=False, repr=False)
     """How many tokens of the history the KV cache covers."""
+    _key: str = field(init=False, repr=False)
+    """All that the KV cache depends on besides the tokens, as the engine calls it."""
+    _values: Values = field(init=False, repr=False)
+    """What is in further slots. Copied before it's changed, if the savepoint has it."""
     _slots: CacheFunctions[Any] | None = field(init=False, repr=False)
     """The engine that has them, from its first borrow on; None as long as nothing is committed."""
 
@@ -91,6 +97,8 @@ class Session(NeverCopied):
     _savepoint: Savepoint = field(init=False, repr=False)
     _savepoint_cache: Any = field(init=False, repr=False)
     """The KV cache of the savepoint, if the engine has put another in its place since."""
+    _handed_out: bool = field(init=False, repr=False)
+    """Whether the engine had its hands on the KV cache in this borrow."""
 
     # Who has the session now: see `_lease`.
     _lease: Lease = field(init=False, repr=False)
@@ -141,8 +149,11 @@ class Session(NeverCopied):
         self._kv_cache = self._savepoint_cache = NO_CACHE
         self._token_history = NO_TOKENS
         self._kv_length = 0
+        self._key = ""
+        self._values = NO_VALUES
         self._slots = None
         self._savepoint = NOTHING
+        self._handed_out = False
         self._lease = self._writer = nobody
         self._pid = _fork.pid or getpid()
         self._closed = False
@@ -214,7 +225,7 @@ class Session(NeverCopied):
         """End what `take` began; if the session was closed meanwhile, free its state."""
         if self._is_empty():
             self._slots = None  # any engine may begin it
-        self._lease = nobody
+        self._handed_out, self._lease = False, nobody
         if self._closed or self._observer is not None:
             self._settle(failure)
 
@@ -270,6 +281,7 @@ class Session(NeverCopied):
         finally:
             if not self._holds_cache():
                 self._token_history, self._savepoint = self._token_history[:0], self._nothing
+                self._values = self._no_values
                 self._slots = self._at_the_end = None
 
     def _release_caches(self, failure: BaseException | None = None) -> None:
@@ -314,8 +326,10 @@ class Session(NeverCopied):
         if self._writer is not writer:
             raise BorrowExpiredError(self._id)
         cache = self._kv_cache
-        count, dropped, covered = self._savepoint
-        left = (count, dropped, None if self._savepoint_cache is self._no_cache else covered)
+        count, dropped, covered, values, failed = self._savepoint
+        if self._savepoint_cache is self._no_cache:
+            covered = None
+        left = (count, dropped, covered, values, failed)
         self._kv_cache, self._kv_length, self._savepoint = self._no_cache, 0, left
         return cache
 
@@ -324,8 +338,8 @@ class Session(NeverCopied):
             raise BorrowExpiredError(self._id)
         cache = self._savepoint_cache
         if cache is not self._no_cache:
-            count, dropped, _ = self._savepoint
-            left = (count, dropped, None)
+            count, dropped, _, values, failed = self._savepoint
+            left = (count, dropped, None, values, failed)
             self._savepoint_cache, self._savepoint = self._no_cache, left
         return cache
 
@@ -333,6 +347,7 @@ class Session(NeverCopied):
 
     _no_cache = NO_CACHE
     _nothing = NOTHING
+    _no_values = NO_VALUES
     _nobody = staticmethod(nobody)
 
     def _release_of(

@@ -33,11 +33,15 @@ class StateSlots(NeverCopied, Generic[KV]):
     Args:
         create: returns a new KV cache that covers no tokens.
         length: returns how many tokens a KV cache covers; in all its layers, or the check is worth little. If layers
-            disagree after a failed step, raise, or return `sys.maxsize`, which a rollback truncates if it can; never
-            the least of them, or the rollback takes the KV cache for whole.
-        truncate: makes a KV cache cover its first n tokens only, and returns it, or another that takes its place. It
-            owns what it's given: if it returns another, freeing the old one is its business; if it raises, the library
-            releases the old one. Without `truncate`, a KV cache that covers too much is released and computed anew.
+            disagree, as after a step that failed between two of them, it returns `TORN`.
+        truncate: makes a KV cache cover at most its first n tokens, as many of them as it can, and returns it, or
+            another that takes its place. An empty one is an honest answer: what has slid out of a window, or went
+            into a recurrent state, can't be cut just anywhere. It is also asked after a failed step, when layers may
+            disagree, and when the length is n already but the step may have changed what it doesn't count. It owns
+            what it's given: if it returns another, freeing the old one is its business; if it raises, the library
+            releases the old one. Without `truncate`, a KV cache that covers too much, or that a failed step had in
+            its hands, is released and computed anew. Where KV caches are never changed in place, give one that
+            returns a KV cache of the first n.
         release: gives back the memory or the handle that a KV cache holds. It's called once for each cache that the
             library owns when the session lets go of it, also if it raises. As a session can be closed by any thread,
             and dropped at any instant, it must not wait for a lock that its own thread may hold.
@@ -56,11 +60,19 @@ class StateSlots(NeverCopied, Generic[KV]):
 
     _instead = "as sessions know the one that began them: hand on this very object"
 
-    def borrow(self, session: Session) -> AbstractContextManager[BorrowedState[KV], None]:
+    def borrow(
+        self, session: Session, *, key: str = ""
+    ) -> AbstractContextManager[BorrowedState[KV], None]:
         """Borrow a session for a `with` block, which gets its `BorrowedState`.
 
         The session is taken at once or not at all; there's no waiting. A block that ends well commits what it did; an
         exception of whatever kind takes the session back to its last commit, and goes on to the caller.
+
+        Args:
+            session: the session.
+            key: names all that the KV cache depends on besides the tokens, such as the adapter or the version of the
+                weights. A KV cache that was computed under another key is released, and its tokens become pending; so a
+                borrow that does not run the model needs the key, too.
 
         Raises:
             SessionBusyError: if it is borrowed already.
@@ -70,20 +82,24 @@ class StateSlots(NeverCopied, Generic[KV]):
             StateMismatchError: at the end of the block, if the KV cache doesn't cover `kv_length` tokens; the block is
                 rolled back then.
         """
-        return BorrowedState(session, self)
+        return BorrowedState(session, self, key)
 
     def borrow_all(
-        self, sessions: Iterable[Session]
+        self, sessions: Iterable[Session], *, key: str = ""
     ) -> AbstractContextManager[list[BorrowedState[KV]], None]:
         """Borrow a whole batch of sessions, or none of it, for a `with` block, which gets their states in order.
 
         What happens to one happens to all: an exception takes every session of the batch back to its last commit.
 
+        Args:
+            sessions: the sessions.
+            key: as for `borrow`, for all of them.
+
         Raises:
             SessionBusyError: as `borrow`, and if a session is twice in the batch.
             SessionClosedError, SessionOwnerError, SessionForkedError, StateMismatchError: as `borrow`.
         """
-        return BorrowedBatch([BorrowedState(session, self) for session in sessions])
+        return BorrowedBatch([BorrowedState(session, self, key) for session in sessions])
 
     def evict(self, session: Session) -> None:
         """Free a session's KV cache. Nothing is lost: its tokens become pending, and the next step computes it anew.

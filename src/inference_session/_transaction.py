@@ -12,30 +12,40 @@ from typing import Any
 
 from inference_session._lease import ONCE, Lease, nobody
 from inference_session._session import NO_CACHE, CacheFunctions, Savepoint, Session
+from inference_session._slot import NO_VALUES
 from inference_session._tokens import NO_TOKENS, Ids
 from inference_session.exceptions import BorrowExpiredError, StateMismatchError
 
 
 def check_length(
-    session: Session, slots: CacheFunctions[Any], writer: Lease, expected: int
+    session: Session, slots: CacheFunctions[Any], writer: Lease, expected: int, where: str
 ) -> None:
     """Raise StateMismatchError if the KV cache does not cover as many tokens as it should."""
     length = 0 if session._kv_cache is NO_CACHE else slots.length(session._kv_cache)
     if session._writer is not writer:
         raise BorrowExpiredError(session._id)
     if length != expected:
-        raise _mismatch(session, expected, length)
+        raise _mismatch(session, expected, length, where)
 
 
-def _mismatch(session: Session, expected: int, length: int) -> StateMismatchError:
+def _mismatch(session: Session, expected: int, length: int, where: str) -> StateMismatchError:
     """Return the error for a KV cache of the wrong length; TypeError if that isn't even an int.
 
-    Nobody knows what such a cache holds, so a rollback won't be content with its length.
+    Nobody knows what such a cache holds, so a rollback won't keep it.
     """
-    count, dropped, _ = session._savepoint
     if session._savepoint_cache is NO_CACHE:
-        session._savepoint = (count, dropped, None)
-    return StateMismatchError(session._id, expected, index(length))
+        session._savepoint = _covering(session._savepoint, None)
+    return StateMismatchError(session._id, expected, index(length), where)
+
+
+def change_key(session: Session, writer: Lease, key: str) -> None:
+    """Let go of the KV cache, which was computed under another key."""
+    if not isinstance(key, str):
+        raise TypeError(f"key must be a str, got {type(key).__name__!r}")
+    session._release_cache(writer)
+    if session._writer is not writer:
+        raise BorrowExpiredError(session._id)
+    session._key = key
 
 
 def create_cache(session: Session, slots: CacheFunctions[Any], writer: Lease) -> None:
@@ -55,7 +65,7 @@ def create_cache(session: Session, slots: CacheFunctions[Any], writer: Lease) ->
     if session._writer is not writer:
         raise BorrowExpiredError(session._id)
     try:
-        check_length(session, slots, writer, 0)
+        check_length(session, slots, writer, 0, "create")
     except BaseException:
         session._release_cache(writer)
         raise
@@ -66,6 +76,7 @@ def replace_cache(session: Session, writer: Lease, cache: object) -> None:
     release = session._release_of(session._slots)
     if session._writer is not writer:
         raise BorrowExpiredError(session._id)
+    session._handed_out = True
     replaced = session._kv_cache
     if cache is replaced:
         return
@@ -82,13 +93,17 @@ def replace_cache(session: Session, writer: Lease, cache: object) -> None:
 
 
 def cut_cache(session: Session, slots: CacheFunctions[Any], writer: Lease, length: int) -> None:
-    """Have the KV cache cover `length` tokens at most: none, where it can't be truncated."""
+    """Have the KV cache cover `length` tokens at most: as many as it can."""
     if session._kv_length <= length:
         return
     if slots.truncate is None:
         session._release_cache(writer)
-    else:
+        return
+    try:
         _truncate_cache(session, slots, slots.truncate, writer, length)
+    except BaseException:
+        session._release_cache(writer)
+        raise
 
 
 def rewrite(session: Session, writer: Lease, length: int, tokens: Ids) -> None:
@@ -96,11 +111,23 @@ def rewrite(session: Session, writer: Lease, length: int, tokens: Ids) -> None:
 
     Committed tokens that go are moved to the savepoint.
     """
-    count, dropped, covered = session._savepoint
+    count, dropped, covered, values, failed = session._savepoint
     dropped = session._token_history[length : count - len(dropped)] + dropped
+    savepoint = (count, dropped, covered, values, failed)
     if session._writer is not writer:
         raise BorrowExpiredError(session._id)
-    session._savepoint, session._token_history[length:] = (count, dropped, covered), tokens
+    session._savepoint, session._token_history[length:] = savepoint, tokens
+
+
+def copy_values(session: Session, writer: Lease) -> None:
+    """Leave what is in further slots to the savepoint, so that a copy of it can be changed."""
+    try:
+        values = session._values.copy()
+        if session._writer is not writer:
+            raise BorrowExpiredError(session._id)
+        session._values = values
+    finally:
+        values = NO_VALUES  # a traceback keeps this frame
 
 
 def new_savepoint(session: Session, slots: CacheFunctions[Any], writer: Lease) -> Savepoint:
@@ -108,7 +135,7 @@ def new_savepoint(session: Session, slots: CacheFunctions[Any], writer: Lease) -
     length = 0 if session._kv_cache is NO_CACHE else slots.length(session._kv_cache)
     if length != session._kv_length:
         if session._writer is writer:
-            raise _mismatch(session, session._kv_length, length)
+            raise _mismatch(session, session._kv_length, length, "commit")
     elif (observer := session._observer) is not None and session._writer is writer:
         observer.committing(session)
     if session._savepoint_cache is not NO_CACHE:
@@ -117,23 +144,31 @@ def new_savepoint(session: Session, slots: CacheFunctions[Any], writer: Lease) -
     covered = None if session._kv_cache is NO_CACHE else session._kv_length
     if session._writer is not writer:
         raise BorrowExpiredError(session._id)
-    return (count, NO_TOKENS, covered)
+    return (count, NO_TOKENS, covered, session._values, False)
 
 
 def roll_back(
     session: Session, slots: CacheFunctions[Any], failure: BaseException | None = None
 ) -> None:
     """Go back to the savepoint, when no block is a writer any more. If this is interrupted, it can be begun again."""
-    count, dropped, covered = session._savepoint
-    session._token_history[count - len(dropped) :] = dropped
-    session._savepoint = (count, NO_TOKENS, covered)
-    if session._savepoint_cache is not NO_CACHE:
+    _restore_tokens(session)
+    replaced = session._savepoint_cache is not NO_CACHE
+    if replaced:
         session._release_cache(nobody, failure)
         session._kv_cache, session._savepoint_cache = session._savepoint_cache, NO_CACHE
-    if not _restored(session, slots):
+    if not _restored(session, slots, replaced=replaced):
         session._release_cache(nobody, failure)
+    failed = session._handed_out and isinstance(failure, Exception)
+    session._savepoint = (*session._savepoint[:4], failed)
     if (observer := session._observer) is not None:
         observer.rolled_back(session, failure)
+
+
+def _restore_tokens(session: Session) -> None:
+    """Bring back the tokens of the savepoint, and what was in further slots."""
+    count, dropped, covered, values, failed = session._savepoint
+    session._token_history[count - len(dropped) :] = dropped
+    session._savepoint, session._values = (count, NO_TOKENS, covered, values, failed), values
 
 
 def recover(session: Session) -> None:
@@ -141,18 +176,29 @@ def recover(session: Session) -> None:
     session._writer = nobody
     if session._slots is not None:
         roll_back(session, session._slots)
+    session._handed_out = False
 
 
-def _restored(session: Session, slots: CacheFunctions[Any]) -> bool:
-    """Bring the KV cache back to what it covered at the savepoint, if that can be had."""
-    covered = session._savepoint[2]
-    if covered is None:
+def _restored(session: Session, slots: CacheFunctions[Any], *, replaced: bool) -> bool:
+    """Bring the KV cache back to what it covered at the savepoint, or less; return False if it can't be trusted.
+
+    - A cache that the engine had no hands on in this borrow is as it was.
+    - One that was `replaced`, by a functional engine, should be as it was, which its length confirms.
+    - Any other has a length that proves nothing: a step that failed may have written into what the length doesn't
+      count, a recurrent state for one. Only `truncate` knows how to take that back.
+    - If the borrow before failed as well, it may be the cache's fault.
+    """
+    covered, failed = session._savepoint[2], session._savepoint[4]
+    if covered is None or failed:
         return False
     try:
-        if slots.truncate is None or slots.length(session._kv_cache) <= covered:
-            check_length(session, slots, nobody, covered)
-        else:
+        if replaced:
+            check_length(session, slots, nobody, covered, "rollback")
+        elif session._handed_out:
+            if slots.truncate is None:
+                return False
             _truncate_cache(session, slots, slots.truncate, nobody, covered)
+            return True
     except Exception:  # noqa: BLE001 the tokens are safe; it's computed anew
         return False
     session._kv_length = covered
@@ -166,10 +212,11 @@ def _truncate_cache(
     writer: Lease,
     length: int,
 ) -> None:
-    """Truncate the KV cache, which meanwhile is nobody's but `truncate`'s: the session has none."""
-    count, dropped, covered = session._savepoint
-    if session._savepoint_cache is NO_CACHE and covered is not None:
-        covered = min(covered, length)
+    """Truncate the KV cache, which meanwhile is nobody's but `truncate`'s: the session has none.
+
+    If that fails, the session has it again, but not to be trusted: whoever calls lets go of it.
+    """
+    covered = session._savepoint[2]
     cache = session._take_out_cache(writer)
     try:
         for cut in map(truncate, (cache,), (length,)):
@@ -181,18 +228,40 @@ def _truncate_cache(
             break
         else:
             raise RuntimeError("truncate(kv_cache, length) raised StopIteration")  # noqa: TRY301
-        check_length(session, slots, writer, length)
+        kept = _truncated_length(session, slots, writer, length)
     except BaseException:
         if cache is not NO_CACHE:
             if session._writer is writer:
                 session._kv_cache = cache
             else:
                 _release_made(session, slots, cache)
-        session._release_cache(writer)
         raise
     finally:
         cache = cut = NO_CACHE  # a traceback keeps this frame
-    session._kv_length, session._savepoint = length, (count, dropped, covered)
+    if session._savepoint_cache is NO_CACHE and covered is not None:
+        covered = min(covered, kept)
+    savepoint = _covering(session._savepoint, covered)
+    if session._writer is not writer:
+        raise BorrowExpiredError(session._id)
+    session._kv_length, session._savepoint = kept, savepoint
+
+
+def _covering(savepoint: Savepoint, covered: int | None) -> Savepoint:
+    """Return the same savepoint, whose KV cache covers so many tokens."""
+    count, dropped, _, values, failed = savepoint
+    return (count, dropped, covered, values, failed)
+
+
+def _truncated_length(
+    session: Session, slots: CacheFunctions[Any], writer: Lease, most: int
+) -> int:
+    """Return how many tokens the KV cache covers now: any number up to `most`, else StateMismatchError."""
+    kept = index(slots.length(session._kv_cache))
+    if not 0 <= kept <= most:
+        if session._writer is not writer:
+            raise BorrowExpiredError(session._id)
+        raise _mismatch(session, most, kept, "truncate")
+    return kept
 
 
 def _release_made(session: Session, slots: CacheFunctions[Any], cache: object) -> None:

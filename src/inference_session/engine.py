@@ -2,7 +2,17 @@
 
 from inference_session._borrow import BorrowedState
 from inference_session._engine import DecodeResult, Engine, PrefillResult
+from inference_session._slot import Slot
 from inference_session._slots import StateSlots
+from inference_session.exceptions import TORN
 
 
-__all__ = ["BorrowedState", "DecodeResult", "Engine", "PrefillResult", "StateSlots"]
+__all__ = [
+    "TORN",
+    "BorrowedState",
+    "DecodeResult",
+    "Engine",
+    "PrefillResult",
+    "Slot",
+    "StateSlots",
+]

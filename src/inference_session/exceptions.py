@@ -4,7 +4,8 @@ Wrong arguments raise `TypeError` and `ValueError`, as everywhere in Python; the
 session is in. None of them ever shows a token or any part of a KV cache, and all of them can be pickled.
 """
 
-from typing import ClassVar
+import sys
+from typing import ClassVar, Final
 from uuid import UUID
 
 from attrs import define
@@ -56,8 +57,8 @@ class SessionBusyError(_OneSessionError):
 class SessionClosedError(_OneSessionError):
     """The session was closed and can't be borrowed any more.
 
-    You do *not* get it in a borrow that was under way when the session was closed: that one goes on to its end, and
-    the state is freed then. Nor from a second `Session.close()`.
+    You do *not* get it in a borrow that was under way when the session was closed, but for `BorrowedState.chunks`: that
+    borrow goes on to its end, and the state is freed then. Nor from a second `Session.close()`.
     """
 
     _message = "session {0.session_id} is closed; go on in a new one, fed the same tokens"
@@ -98,6 +99,17 @@ class BorrowExpiredError(_OneSessionError):
     )
 
 
+TORN: Final = sys.maxsize
+"""The length of a KV cache whose layers don't agree, as after a step that failed between two of them."""
+
+_ADVICE: Final = {
+    "create": "create must return a KV cache that covers no tokens",
+    "advance": "advance(count) must say how many pending tokens the model was fed",
+    "commit": "call advance after each time that the model is fed",
+    "truncate": "truncate(kv_cache, n) must return one that covers at most the first n tokens",
+}
+
+
 @define(eq=False, slots=False)
 class StateMismatchError(_OneSessionError):
     """The KV cache does not cover as many tokens as it should, by the engine's own `length`.
@@ -105,18 +117,25 @@ class StateMismatchError(_OneSessionError):
     The engine fed other tokens than it said, `length` does not tell the truth (does it read *all* layers?), or
     `create` or `truncate` did not do what they should. A rollback releases that KV cache, whatever its length is then.
     You do *not* get it when a KV cache can't be rolled back after a failed step: that one is released as well, and the
-    next step computes it anew.
+    next step computes it anew. Nor from a `truncate` that keeps fewer tokens than it could.
     """
 
     expected: int
-    """How many tokens the KV cache should cover."""
+    """How many tokens the KV cache should cover; after `truncate`, at most."""
     actual: int
     """How many it covers, by `length`."""
+    where: str = ""
+    """Where that was seen: "create", "advance", "commit" (also the one at the end of a block) or "truncate"."""
 
-    _message = (
-        "the KV cache of session {0.session_id} should cover {0.expected} tokens, "
-        "but its length is {0.actual}"
-    )
+    def __str__(self) -> str:
+        seen = f"{self.where}: " if self.where else ""
+        most = "at most " if self.where == "truncate" else ""
+        actual = "TORN, as its layers disagree" if self.actual == TORN else self.actual
+        advice = f"; {_ADVICE[self.where]}" if self.where in _ADVICE else ""
+        return (
+            f"{seen}the KV cache of session {self.session_id} should cover {most}{self.expected} "
+            f"tokens, but its length is {actual}{advice}"
+        )
 
 
 class SessionNotFoundError(_OneSessionError, KeyError):

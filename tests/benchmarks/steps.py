@@ -8,7 +8,7 @@ from threading import Lock
 from tests.benchmarks.measuring import Measure, timed
 
 from inference_session import Session
-from inference_session.engine import StateSlots
+from inference_session.engine import Slot, StateSlots
 
 
 TOKEN = [50_000]
@@ -149,6 +149,37 @@ def look(session: Session, count: int) -> None:
             history = state.token_history
             len(history)
             history[-1]
+
+
+SLOT = Slot(int)
+
+
+def read_slot(session: Session, count: int) -> None:
+    """Read a further slot."""
+    with slots.borrow(session) as state:
+        for _ in range(count):
+            state[SLOT]
+
+
+def set_slot(session: Session, count: int) -> None:
+    """Set a further slot."""
+    with slots.borrow(session) as state:
+        for _ in range(count):
+            state[SLOT] = 1
+
+
+def read_item(count: int) -> None:
+    """Read an item of a dict."""
+    values = {SLOT: 1}
+    for _ in range(count):
+        values[SLOT]
+
+
+def set_item(count: int) -> None:
+    """Set an item of a dict."""
+    values = {SLOT: 1}
+    for _ in range(count):
+        values[SLOT] = 1
 
 
 def timed_at(size: int, work: Callable[[Session, int], None]) -> Measure:

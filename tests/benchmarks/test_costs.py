@@ -23,7 +23,11 @@ from tests.benchmarks.steps import (
     commit_token,
     long_step,
     look,
+    read_item,
+    read_slot,
     rewind,
+    set_item,
+    set_slot,
     slots,
     step,
     step_all,
@@ -36,6 +40,7 @@ from inference_session import Session, SessionRegistry
 
 FEW, MANY = 10, 1_000_000
 PROMPT = 131_072
+MANY_TIMES = 4096
 MODULES = "attrs, logging, threading, uuid"
 
 
@@ -203,6 +208,20 @@ COSTS = [
     growth("rewind", rewind),
     growth("step", step),
     growth("look", look),
+    Cost(
+        "read a slot",
+        timed(partial(read_slot, Session()), MANY_TIMES),
+        "an item of a dict",
+        timed(read_item, MANY_TIMES),
+        4.5,
+    ),
+    Cost(
+        "set a slot",
+        timed(partial(set_slot, Session()), MANY_TIMES),
+        "an item of a dict",
+        timed(set_item, MANY_TIMES),
+        8,
+    ),
     Cost("reuse, array", reuse(partial(array, "i")), "zip loop", timed(zip_loop, 1), 1 / 15),
     Cost("reuse, NumPy", reuse(as_numpy), "zip loop", timed(zip_loop, 1), 1 / 15),
     Cost("reuse, list", reuse(list), "zip loop", timed(zip_loop, 1), 3 / 4),

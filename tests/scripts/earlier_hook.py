@@ -35,7 +35,7 @@ os.register_at_fork(
 
 from inference_session import Session, SessionRegistry, _fork  # noqa: E402
 from inference_session._lock import lock  # noqa: E402
-from inference_session.engine import BorrowedState, StateSlots  # noqa: E402
+from inference_session.engine import BorrowedState, Slot, StateSlots  # noqa: E402
 from inference_session.exceptions import SessionForkedError  # noqa: E402
 
 
@@ -55,6 +55,7 @@ def new_cache() -> list[int]:
 
 
 slots = StateSlots(create=new_cache, length=len, release=release, nbytes=len)
+SLOT = Slot(int)
 registry = SessionRegistry(max_sessions=10, max_kv_bytes=1000)
 sessions = [Session(), registry.open()]
 """One of its own, and one in a registry."""
@@ -91,6 +92,10 @@ def uses(state: BorrowedState[list[int]]) -> list[Callable[[], object]]:
         state.commit,
         lambda: state.rewind(0),
         lambda: state.reuse_prefix([7]),
+        lambda: state.session,
+        lambda: state.chunks(1),
+        lambda: state[SLOT],
+        lambda: state.__setitem__(SLOT, 1),
     ]
 
 

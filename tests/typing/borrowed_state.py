@@ -7,7 +7,8 @@ from typing import assert_type
 import numpy as np
 from numpy.typing import NDArray
 
-from inference_session.engine import BorrowedState
+from inference_session import Session
+from inference_session.engine import TORN, BorrowedState, Slot
 
 
 def test_members_are_typed(state: BorrowedState[bytes]) -> None:
@@ -16,6 +17,7 @@ def test_members_are_typed(state: BorrowedState[bytes]) -> None:
     assert_type(state.token_history, Sequence[int])
     assert_type(state.kv_length, int)
     assert_type(state.pending, Sequence[int])
+    assert_type(state.session, Session)
 
 
 def test_methods_are_typed(state: BorrowedState[bytes]) -> None:
@@ -30,6 +32,9 @@ def test_methods_are_typed(state: BorrowedState[bytes]) -> None:
     rewind: Callable[[int], None] = state.rewind
     rewind(1)
     state.rewind(1, pending=0)
+    assert_type(state.chunks(512), Iterator[list[int]])
+    for part in state.chunks(512, keep=0):
+        state.advance(len(part))
 
 
 def test_kv_cache_can_be_set(state: BorrowedState[bytes]) -> None:
@@ -67,6 +72,54 @@ def test_token_history_is_a_sequence(state: BorrowedState[bytes]) -> None:
     assert_type(list(state.token_history), list[int])
 
 
+def empty_text() -> str:
+    """Return what a slot begins with."""
+    return ""
+
+
+TEXT = Slot(empty_text)
+COUNTS = Slot(dict[str, int])
+OWNER: Slot[str | None] = Slot(lambda: None)
+
+
+def test_slots_are_typed(state: BorrowedState[bytes]) -> None:
+    """A further slot has the type of its first value, without an annotation, or the one that is annotated."""
+    assert_type(TEXT, Slot[str])
+    assert_type(COUNTS, Slot[dict[str, int]])
+    assert_type(state[TEXT], str)
+    assert_type(state[COUNTS], dict[str, int])
+    assert_type(state[OWNER], str | None)
+    state[TEXT] = "a"
+    state[TEXT] += "b"
+    state[COUNTS]["a"] = 1
+    state[OWNER] = "somebody"
+
+
+def test_slots_keep_their_types(state: BorrowedState[bytes]) -> None:
+    """A value of another type can't be set, and only slots are keys."""
+    state[TEXT] = 1  # type: ignore[misc]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-assignment]
+    state[TEXT] = None  # type: ignore[misc]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-assignment]
+    state["text"] = "a"  # type: ignore[index]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-assignment]
+    state[0]  # type: ignore[index]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    del state[TEXT]  # type: ignore[attr-defined]  # pyright: ignore[reportIndexIssue]  # ty: ignore[not-subscriptable]
+
+
+def test_slots_begin_with_a_function() -> None:
+    """Neither with a value, nor with nothing."""
+    Slot("text")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    Slot(len)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    Slot()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[missing-argument]
+
+
+def test_torn_is_a_length() -> None:
+    """`TORN` is what `length` returns where layers disagree: an int."""
+
+    def length(layers: list[int]) -> int:
+        return layers[0] if len(set(layers)) == 1 else TORN
+
+    assert_type(length([1, 2]), int)
+
+
 def test_kv_cache_keeps_its_type(state: BorrowedState[bytes]) -> None:
     """A KV cache of another type can't be set."""
     state.kv_cache = "kv"  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
@@ -78,6 +131,7 @@ def test_members_cannot_be_set(state: BorrowedState[bytes]) -> None:
     state.token_history = [1]  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
     state.kv_length = 1  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
     state.kv_length += 1  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    state.session = Session()  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
     state.pending = [1]  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
     state.tokens = [1]  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[missing-attribute]
 
@@ -87,6 +141,7 @@ def test_members_cannot_be_deleted(state: BorrowedState[bytes]) -> None:
     del state.kv_cache  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
     del state.token_history  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
     del state.kv_length  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
+    del state.session  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
     del state.pending  # pyright: ignore[reportAttributeAccessIssue]  # ty: ignore[invalid-assignment]
 
 
@@ -119,12 +174,15 @@ def test_counts_are_ints(state: BorrowedState[bytes]) -> None:
     state.advance(0.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
     state.advance([1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
     state.advance()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[missing-argument]
+    state.chunks("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    state.chunks()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[missing-argument]
     state.rewind("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
     state.rewind(1, pending=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
 def test_pending_is_by_keyword(state: BorrowedState[bytes]) -> None:
     """Two numbers in a row would be a riddle."""
+    state.chunks(1, 0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[too-many-positional-arguments]
     state.rewind(1, 0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[too-many-positional-arguments]
 
 

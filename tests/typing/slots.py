@@ -236,6 +236,17 @@ def test_only_sessions_are_borrowed(slots: StateSlots[Cache], session: Session) 
     slots.evict(session.id)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
+def test_keys_are_strings_by_keyword(slots: StateSlots[Cache], session: Session) -> None:
+    """A key is a `str`, and named."""
+    assert_type(
+        slots.borrow(session, key="adapter"), AbstractContextManager[BorrowedState[Cache], None]
+    )
+    slots.borrow_all([session], key="adapter")
+    slots.borrow(session, "adapter")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[too-many-positional-arguments]
+    slots.borrow(session, key=7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    slots.borrow_all([session], key=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+
+
 def test_state_is_had_by_with(slots: StateSlots[Cache], session: Session) -> None:
     """What `borrow` returns isn't the state yet."""
     slots.borrow(session).commit()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # ty: ignore[missing-attribute]

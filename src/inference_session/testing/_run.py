@@ -288,7 +288,10 @@ class Run:
     def borrowing(self, talk: Talk, do: Callable[[BorrowedState[Any]], T]) -> T:
         """Borrow a session as its engine does, for something that engines can't be asked for."""
         assert talk.slots is not None
-        borrow: AbstractContextManager[BorrowedState[Any], None] = talk.slots.borrow(talk.session)
+        key = talk.session._key  # another one would cost it its KV cache
+        borrow: AbstractContextManager[BorrowedState[Any], None] = talk.slots.borrow(
+            talk.session, key=key
+        )
         with borrow as state:
             return do(state)
 

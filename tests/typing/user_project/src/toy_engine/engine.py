@@ -47,7 +47,7 @@ class ToyEngine:
             raise ValueError("a token isn't in the vocabulary")
         with self.slots.borrow(session) as state:
             state.append(tokens)
-            self._feed(state, len(state.pending) - 1)
+            self._feed_all_but_last(state)
         return PrefillResult(tokens_processed=len(tokens))
 
     def decode(self, session: Session, /) -> DecodeResult:
@@ -55,7 +55,7 @@ class ToyEngine:
         with self.slots.borrow(session) as state:
             if not state.token_history:
                 raise ValueError("there's nothing to decode from: prefill the session first")
-            token = self._feed(state, len(state.pending))
+            token = self._feed_all(state)
             state.append([token])
         return DecodeResult(token=token)
 
@@ -64,13 +64,19 @@ class ToyEngine:
         tokens: list[int] = []
         with self.slots.borrow_all(sessions) as states:
             for state in states:
-                tokens.append(self._feed(state, len(state.pending)))
+                tokens.append(self._feed_all(state))
                 state.append(tokens[-1:])
         return tokens
 
-    def _feed(self, state: BorrowedState[Cache], count: int) -> int:
-        if count <= 0:
-            return 0
-        token = state.kv_cache.feed(state.pending[:count])
-        state.advance(count)
+    def _feed_all_but_last(self, state: BorrowedState[Cache]) -> None:
+        for tokens in state.chunks(64):
+            self._feed(state, tokens)
+
+    def _feed_all(self, state: BorrowedState[Cache]) -> int:
+        self._feed_all_but_last(state)
+        return self._feed(state, state.pending)
+
+    def _feed(self, state: BorrowedState[Cache], tokens: Sequence[int]) -> int:
+        token = state.kv_cache.feed(tokens)
+        state.advance(len(tokens))
         return token

@@ -1,0 +1,41 @@
+"""Further slots: typed keys for the rest of a conversation's state."""
+
+from collections.abc import Callable
+from typing import Any, Final, Generic, TypeAlias, TypeVar, final
+
+from attrs import Attribute, field, frozen
+
+from inference_session._never_copied import NeverCopied
+
+
+T = TypeVar("T")
+
+
+def _is_callable(slot: object, attribute: "Attribute[Any]", factory: object) -> None:
+    if not callable(factory):
+        raise TypeError(f"{attribute.alias} must be a function, got {type(factory).__name__!r}")
+
+
+@final
+@frozen(eq=False, repr=False, getstate_setstate=False)
+class Slot(NeverCopied, Generic[T]):
+    """A typed key for one more value in the state of each session, beside the KV cache and the tokens.
+
+    Make one where a module begins, as a `contextvars.ContextVar`; then `state[slot]` is a session's value, and
+    `state[slot] = value` sets it. Values are committed and rolled back with the tokens. They survive `evict` and
+    `rewind`, and go when the session is closed. A value that is changed in place is not rolled back: set a new one.
+
+    Args:
+        factory: returns a session's first value, when that is first asked for.
+    """
+
+    __module__ = "inference_session.engine"
+
+    _factory: Callable[[], T] = field(repr=False, alias="factory", validator=_is_callable)
+
+    _instead = "as a copy would be another key: share this very object"
+
+
+Values: TypeAlias = dict[Slot[Any], Any]
+
+NO_VALUES: Final[Values] = {}  # shared, so never written to
