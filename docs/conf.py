@@ -34,9 +34,9 @@ autodoc_default_options = {"members": True}
 nitpick_ignore_regex = [
     (r"py:.*", r"(builtins|collections|contextlib|types|typing|unittest|uuid)\..*"),
     (r"py:class", r"_pytest\..*"),
-    (r"py:class", r"int|str|object|bool|None|UUID|Exception|(.*\.)?KV"),
+    (r"py:class", r"int|str|object|bool|None|UUID|Exception|(.*\.)?(KV|T)"),
     (r"py:(class|exc)", r"(Memory|Runtime|Type|Value)Error"),
-    (r"py:obj", r".*\.KV"),
+    (r"py:obj", r".*\.(KV|T)"),
 ]
 
 myst_enable_extensions = ["colon_fence"]

@@ -41,7 +41,7 @@ def test_reference_is_complete(module: str, documented: set[str]) -> None:
     for name in importlib.import_module(module).__all__:
         public: type[object] = getattr(importlib.import_module(module), name)
         assert f"{module}.{name}" in documented
-        for member in vars(public):
+        for member in getattr(public, "__dict__", {}):  # a constant has none
             is_argument = f"\n    {member}: " in (inspect.getdoc(public) or "")
             assert (
                 member.startswith("_") or is_argument or f"{module}.{name}.{member}" in documented
