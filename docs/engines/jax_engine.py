@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from inference_session import Session
 from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
-from inference_session.exceptions import SessionClosedError
 
 
 try:
@@ -56,6 +55,10 @@ class KVCache(NamedTuple):
     keys: jax.Array
     values: jax.Array
     length: int
+
+    def truncate(self, length: int) -> KVCache:
+        """Return a cache of the first `length` tokens, if there are as many; the arrays are the same."""
+        return self._replace(length=min(self.length, length))
 
 
 @jax.jit
@@ -105,9 +108,9 @@ def _turn(heads: jax.Array, positions: jax.Array) -> jax.Array:
 class JaxEngine:
     """An `inference_session.engine.Engine`: any number of sessions, and a model that they share.
 
-    Between calls the last token of a session is always pending, so there is something to compute
-    the next one from. Every call feeds all that is pending, whatever the reason, and is atomic.
-    The errors of `StateSlots.borrow` come from all of them.
+    Between calls the last token of a session is pending, so there is something to compute the next
+    one from; if it isn't, `decode` feeds it again. Every call feeds all that is pending, whatever
+    the reason, and is atomic. The errors of `StateSlots.borrow` come from all of them.
     """
 
     def __init__(self, model: Model, *, context_length: int = 512, chunk: int = 64) -> None:
@@ -118,6 +121,7 @@ class JaxEngine:
         self.slots = StateSlots(
             create=self._new_cache,
             length=lambda cache: cache.length,
+            truncate=KVCache.truncate,
             nbytes=lambda cache: cache.keys.nbytes + cache.values.nbytes,
         )
 
@@ -127,7 +131,7 @@ class JaxEngine:
         with self.slots.borrow(session) as state:
             state.append(new)
             self._check_room(state, 0)
-            self._feed_all_but_last(session, state)
+            self._feed_all_but_last(state)
         return PrefillResult(tokens_processed=len(new))
 
     def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
@@ -136,7 +140,7 @@ class JaxEngine:
         with self.slots.borrow(session) as state:
             reused = state.reuse_prefix(history)
             self._check_room(state, 0)
-            self._feed_all_but_last(session, state)
+            self._feed_all_but_last(state)
         return reused
 
     def decode(self, session: Session, /) -> DecodeResult:
@@ -145,7 +149,7 @@ class JaxEngine:
             if not state.token_history:
                 raise ValueError("nothing to decode from: the session is empty, prefill it first")
             self._check_room(state, 1)
-            self._feed_all_but_last(session, state)
+            self._feed_all_but_last(state)
             token = int(self._feed(state, state.pending, 1).argmax())
             state.append([token])
         return DecodeResult(token=token)
@@ -157,13 +161,9 @@ class JaxEngine:
         empty = jnp.zeros(shape, self.model.embedding.dtype)
         return KVCache(empty, empty, 0)
 
-    def _feed_all_but_last(self, session: Session, state: BorrowedState[KVCache]) -> None:
-        if not state.pending:
-            state.rewind(len(state.token_history))  # Forgets no token, but uncovers one.
-        while len(pending := state.pending) > 1:
-            if session.closed:  # Nobody waits for the rest.
-                raise SessionClosedError(session.id)
-            self._feed(state, pending[: min(self.chunk, len(pending) - 1)], self.chunk)
+    def _feed_all_but_last(self, state: BorrowedState[KVCache]) -> None:
+        for tokens in state.chunks(self.chunk):
+            self._feed(state, tokens, self.chunk)
             # A step that was called may be under way still. Commit what is done, not what may fail.
             jax.block_until_ready(state.kv_cache)  # type: ignore[no-untyped-call]
 

@@ -139,11 +139,8 @@ class KVCache:
         return sum(layer.nbytes for layer in self.layers)
 
     def truncate(self, length: int) -> KVCache:
-        """Keep the first `length` tokens; the memory stays, for the next ones."""
-        if not 0 <= length <= self.length:
-            msg = f"cannot truncate a cache of {self.length} tokens to {length}"
-            raise ValueError(msg)
-        self.length = length
+        """Keep the first `length` tokens, if there are as many; the memory stays, for the next ones."""
+        self.length = min(self.length, length)
         return self
 
     def write(self, index: int, keys_values: Floats) -> tuple[Floats, Floats]:

@@ -61,9 +61,10 @@ class Step:
 class LlamaEngine:
     """An `inference_session.engine.Engine`: any number of sessions, stepped alone or together.
 
-    Between calls the last token of a session is always pending: it has not been fed to the model,
-    so there is something to compute the next token from. Every call feeds all that is pending, so
-    it does not matter why it is: tokens just added, an evicted cache, a rewind, a failed step.
+    Between calls the last token of a session is pending: it has not been fed to the model, so
+    there is something to compute the next token from. Every call feeds all that is pending, so it
+    does not matter why it is: tokens just added, an evicted cache, a rewind, a failed step. If
+    nothing is, `decode` feeds the last token again.
 
     Every call is atomic, and every call borrows: `SessionBusyError` and the other errors of
     `StateSlots.borrow` come from all of them.
@@ -94,7 +95,7 @@ class LlamaEngine:
         with self.slots.borrow(session) as state:
             self._check_room(len(state.token_history) + len(new))
             state.append(new)
-            self._feed_all_but_last(session, state)
+            self._feed_all_but_last(state)
         return PrefillResult(tokens_processed=len(new))
 
     def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
@@ -107,7 +108,7 @@ class LlamaEngine:
         self._check_room(len(history))
         with self.slots.borrow(session) as state:
             reused = state.reuse_prefix(history)
-            self._feed_all_but_last(session, state)
+            self._feed_all_but_last(state)
         return reused
 
     def decode(self, session: Session, /, *, sample: Sampler = greedy) -> DecodeResult:
@@ -123,12 +124,9 @@ class LlamaEngine:
         """
         with self.slots.borrow_all(sessions) as states:
             for state in states:
-                if not state.token_history:
-                    msg = "nothing to decode from: the session is empty, prefill it first"
-                    raise ValueError(msg)
-                self._check_room(len(state.token_history) + 1)
-            for session, state in zip(sessions, states, strict=True):
-                self._feed_all_but_last(session, state)
+                self._check_next(state.token_history)
+            for state in states:
+                self._feed_all_but_last(state)
             tokens = self._feed_last(states, sample) if states else []
         return [DecodeResult(token=token) for token in tokens]
 
@@ -170,33 +168,27 @@ class LlamaEngine:
         """
         with self.slots.borrow(session) as state:
             history = self._check(prompt(state.token_history))
-            self._check_room(len(history) + 1)
+            self._check_next(history)
             state.reuse_prefix(history)
-            for fed in self._chunks(session, state):
-                yield Step(fed)
+            for tokens in state.chunks(self.chunk):
+                self._feed(state, tokens)
+                yield Step(len(tokens))
             for _ in range(min(max_tokens, self.model.config.context_length - len(history))):
-                _check_open(session)
+                if session.closed:  # Nobody waits for the rest.
+                    raise SessionClosedError(session.id)
                 (token,) = self._feed_last([state], sample)
                 state.commit()
                 yield Step(1, token)
                 if token in stop:
                     return
 
-    def _feed_all_but_last(self, session: Session, state: BorrowedState[KVCache]) -> None:
-        for _ in self._chunks(session, state):
-            pass
+    def _feed_all_but_last(self, state: BorrowedState[KVCache]) -> None:
+        for tokens in state.chunks(self.chunk):
+            self._feed(state, tokens)
 
-    def _chunks(
-        self, session: Session, state: BorrowedState[KVCache]
-    ) -> Generator[int, None, None]:
-        """Feed all that is pending but the last token, chunk by chunk; give how long each was."""
-        pending = _array(state.pending)[:-1]
-        for start in range(0, len(pending), self.chunk):
-            _check_open(session)
-            tokens = pending[start : start + self.chunk]
-            self.model.forward([(state.kv_cache, tokens)])
-            state.advance(len(tokens))
-            yield len(tokens)
+    def _feed(self, state: BorrowedState[KVCache], tokens: Sequence[int]) -> None:
+        self.model.forward([(state.kv_cache, _array(tokens))])
+        state.advance(len(tokens))
 
     def _feed_last(self, states: Sequence[BorrowedState[KVCache]], sample: Sampler) -> list[int]:
         """Feed the token that is pending in each state, and add the one that follows it."""
@@ -222,15 +214,16 @@ class LlamaEngine:
             raise ValueError(msg)
         return ids.astype(np.int32)
 
+    def _check_next(self, history: Sequence[int] | Tokens) -> None:
+        if not len(history):
+            msg = "nothing to decode from: the session is empty, prefill it first"
+            raise ValueError(msg)
+        self._check_room(len(history) + 1)
+
     def _check_room(self, length: int) -> None:
         if length > self.model.config.context_length:
             msg = f"{length} tokens do not fit in a context of {self.model.config.context_length}"
             raise ValueError(msg)
-
-
-def _check_open(session: Session) -> None:
-    if session.closed:  # Nobody waits for the rest.
-        raise SessionClosedError(session.id)
 
 
 def _array(tokens: Sequence[int]) -> Tokens:

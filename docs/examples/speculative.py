@@ -32,6 +32,9 @@ def speculate(
             raise ValueError("nothing to decode from, or no room for what comes next")
         guessed = guess(draft, draft_session, state.token_history, min(guesses, room - 1), sample)
 
+        for part in state.chunks(engine.chunk):  # None, unless a KV cache was lost or cut short.
+            engine.model.forward([(state.kv_cache, np.asarray(part, np.int32))])
+            state.advance(len(part))
         state.append(guessed)
         fed = np.asarray(state.pending, np.int32)  # The last token, and all guesses.
         hidden = engine.model.hidden_states([(state.kv_cache, fed)])

@@ -114,6 +114,18 @@ class Serving:
             engine.prefill(session, OTHER)
             assert decode(engine, session, 15) == answer(engine, PROMPT[:20] + OTHER, 15)
 
+    @pytest.mark.parametrize("length", [1, 20, len(PROMPT) - 1])
+    def test_fully_covered(self, engine: EngineWithSlots, length: int) -> None:
+        """With nothing pending, the last token is fed again: the answer is that of a fresh session."""
+        with Session() as session:
+            engine.prefill(session, PROMPT)
+            with engine.slots.borrow(session) as state:
+                covered = state.kv_length
+                state.rewind(length, pending=0)
+                if length == covered:  # Nothing had to be cut.
+                    assert not state.pending
+            assert decode(engine, session, 5) == answer(engine, PROMPT[:length], 5)
+
     @pytest.mark.parametrize("call", ["prefill", "prompt"])
     @pytest.mark.parametrize("token", [-1, VOCAB_SIZE, 2**31, 2**62])
     def test_bad_tokens_are_refused(

@@ -22,7 +22,6 @@ from tests.engines.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, decode, lo
 
 import jax_engine
 from inference_session import Session
-from inference_session.engine import StateSlots
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 from inference_session.testing import parametrize_with_checks
 from jax_engine import JaxEngine, KVCache, Model, forward, random_model
@@ -147,18 +146,7 @@ def test_engine(check: Callable[[], None]) -> None:
 
 
 class TestServing(Serving):
-    """The tests of all engines, for a `truncate` that only sets back the length."""
-
-    @pytest.fixture
-    def engine(self) -> JaxEngine:
-        """Give an engine that can cut what is cached."""
-        engine = new_engine()
-        engine.slots = StateSlots(
-            create=engine.slots.create,
-            length=engine.slots.length,
-            truncate=lambda cache, length: cache._replace(length=length),
-        )
-        return engine
+    """The tests of all engines."""
 
 
 # Prefill and decode
@@ -209,13 +197,23 @@ def test_context_is_as_long_as_it_is(engine: JaxEngine, session: Session) -> Non
 
 
 @pytest.mark.parametrize("pending", [0, 1, 5])
-def test_rewind_is_a_fresh_session(engine: JaxEngine, session: Session, pending: int) -> None:
-    """With no `truncate` the cache is computed anew, also where nothing was left to decode from."""
+def test_rewind_keeps_the_arrays(engine: JaxEngine, session: Session, pending: int) -> None:
+    """A cache that is cut has another length and the same arrays, and nothing is computed anew."""
     engine.prefill(session, PROMPT)
     with engine.slots.borrow(session) as state:
+        old = state.kv_cache
         state.rewind(20, pending=pending)
-        assert state.kv_length == 0
+        assert state.kv_length == 20 - pending
+        assert state.kv_cache.keys is old.keys
+        assert state.kv_cache.values is old.values
     assert decode(engine, session, 5) == plain(PROMPT[:20], 5)
+
+
+def test_truncate_claims_nothing(engine: JaxEngine) -> None:
+    """A cache never claims tokens that it doesn't have."""
+    assert engine.slots.truncate is not None
+    _, cache = fed(engine, PROMPT)
+    assert [engine.slots.truncate(cache, length).length for length in (0, 9, 99)] == [0, 9, 40]
 
 
 def test_session_covered_to_its_end_can_be_decoded(engine: JaxEngine, session: Session) -> None:
@@ -241,25 +239,37 @@ def test_nbytes_is_what_is_held(engine: JaxEngine, session: Session) -> None:
 FAULTS: list[type[BaseException]] = [MemoryError, RuntimeError, KeyboardInterrupt]
 
 
+def cache_of(engine: JaxEngine, session: Session) -> KVCache:
+    """Return a session's cache."""
+    with engine.slots.borrow(session) as state:
+        return state.kv_cache
+
+
+def is_back(engine: JaxEngine, session: Session, old: KVCache) -> bool:
+    """Return whether a session has the arrays of an old cache, and covers as many tokens."""
+    now = cache_of(engine, session)
+    return now.keys is old.keys and now.values is old.values and now.length == old.length
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("call", ["prefill", "decode"])
+@pytest.mark.parametrize("step", [("prefill", 0), ("prefill", 2), ("decode", 0)])
 def test_failed_step_goes_back_to_the_old_arrays(
     engine: JaxEngine,
     session: Session,
-    call: str,
+    step: tuple[str, int],
     fault: type[BaseException],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nothing is computed anew: the very arrays from before are the session's again."""
+    """Nothing is computed anew, whether the step had set a new cache already or not."""
+    call, done = step
     engine.prefill(session, PROMPT)
     before = look(engine, session)
-    with engine.slots.borrow(session) as state:
-        old = state.kv_cache
+    old = cache_of(engine, session)
     passes = count()
 
     def failing(*args: object) -> object:
         outcome = forward(*args)
-        if next(passes) == {"prefill": 2, "decode": 0}[call]:
+        if next(passes) == done:
             raise fault
         return outcome
 
@@ -272,8 +282,31 @@ def test_failed_step_goes_back_to_the_old_arrays(
         with pytest.raises(fault):
             steps[call]()
     assert look(engine, session) == before
+    assert is_back(engine, session, old)
+    assert decode(engine, session, 5) == plain(PROMPT, 5)
+
+
+def decode_and_fail(engine: JaxEngine, session: Session, fault: type[BaseException]) -> None:
+    """Decode a token, and fail when only the commit is missing."""
     with engine.slots.borrow(session) as state:
-        assert state.kv_cache is old
+        old = state.kv_cache
+        state.append([int(engine._feed(state, state.pending, 1).argmax())])
+        assert state.kv_cache.keys is not old.keys
+        raise fault
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_step_that_fails_at_its_end_goes_back_to_the_old_arrays(
+    engine: JaxEngine, session: Session, fault: type[BaseException]
+) -> None:
+    """So it is when the session has the new cache already, and only the commit is missing."""
+    engine.prefill(session, PROMPT)
+    before = look(engine, session)
+    old = cache_of(engine, session)
+    with pytest.raises(fault):
+        decode_and_fail(engine, session, fault)
+    assert look(engine, session) == before
+    assert is_back(engine, session, old)
     assert decode(engine, session, 5) == plain(PROMPT, 5)
 
 

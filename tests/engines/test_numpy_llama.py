@@ -211,7 +211,8 @@ def fail_in_layer(engine: LlamaEngine, session: Session, layer: int) -> None:
         capacity = state.kv_cache.layers[0].shape[2]
         missing = 2 * capacity - state.kv_length
         per_layer = state.kv_cache.layers[0].nbytes
-    engine.memory.limit = engine.memory.used + layer * per_layer + per_layer // 2
+    # A layer that doubles needs twice its bytes before it gives back the old ones.
+    engine.memory.limit = engine.memory.used + (layer + 1) * per_layer + per_layer // 2
     # Fill the cache to the brim, so that it is the next call that must grow.
     engine.prefill(session, [1] * (missing - capacity))
 
@@ -231,7 +232,7 @@ def test_failed_step_leaves_no_trace(engine: LlamaEngine, call: str, layer: int)
             "prompt": lambda: engine.prompt(session, PROMPT + [1] * 10 + OTHER + PROMPT),
             "decode_batch": lambda: engine.decode_batch([other, session]),
         }
-        with pytest.raises(MemoryError, match="no room"):
+        with pytest.raises(MemoryError, match=f"layer {layer + 1} of {NUM_LAYERS}: no room"):
             steps[call]()
         tokens, cached = before[0]
         if call == "prompt":  # It had cut off what the histories do not share; that is only cache.
@@ -241,6 +242,34 @@ def test_failed_step_leaves_no_trace(engine: LlamaEngine, call: str, layer: int)
         tokens, other_tokens = decode(engine, session, 10), decode(engine, other, 10)
         assert tokens == answer(engine, before[0][0], 10)
         assert other_tokens == answer(engine, OTHER, 10)
+
+
+@pytest.mark.parametrize("length", [len(PROMPT), 25, 0])
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+def test_torn_layers_are_cut_to_what_all_have(
+    engine: LlamaEngine, model: Llama, layer: int, length: int
+) -> None:
+    """Some layers have grown and hold tokens of a pass that failed: none of them counts."""
+    cache = engine.slots.create()
+    model.forward([(cache, np.array(PROMPT, np.int32))])
+    capacity = cache.layers[0].shape[2]
+    per_layer = cache.layers[0].nbytes
+    engine.memory.limit = engine.memory.used + (layer + 1) * per_layer + per_layer // 2
+    with pytest.raises(MemoryError, match=f"layer {layer + 1} of {NUM_LAYERS}"):
+        model.forward([(cache, np.array(OTHER * 2, np.int32))])
+    assert [grown.shape[2] > capacity for grown in cache.layers] == [
+        index < layer for index in range(NUM_LAYERS)
+    ]
+    assert engine.slots.length(cache) == len(PROMPT)
+    engine.memory.limit = None
+
+    assert engine.slots.truncate is not None
+    cut = engine.slots.truncate(cache, length)
+    assert engine.slots.length(cut) == length
+    hidden = model.forward([(cut, np.array(OTHER, np.int32))])
+    expected = logits_after(model, PROMPT[:length] + OTHER)
+    assert model.logits(hidden)[0] == pytest.approx(expected, abs=1e-3)
+    engine.memory.release(cut)
 
 
 def test_interrupted_sampler_leaves_no_trace(engine: LlamaEngine) -> None:
@@ -325,6 +354,8 @@ def test_empty_session_is_refused(engine: LlamaEngine) -> None:
             engine.decode(empty)
         with pytest.raises(ValueError, match="session is empty"):
             engine.decode_batch([session, empty])
+        with pytest.raises(ValueError, match="session is empty"):
+            next(engine.answer(session, whole([]), 5))
         assert look(engine, session) == before
         assert empty.token_count == 0
 
@@ -415,6 +446,19 @@ def test_answer_holds_the_session(engine: LlamaEngine) -> None:
             engine.decode(session)
     with pytest.raises(SessionBusyError):
         engine.prefill(session, OTHER)
+    session.close()
+    with pytest.raises(SessionClosedError):
+        next(steps)
+    assert engine.memory.released == 1
+
+
+@pytest.mark.parametrize("taken", range(1, 6))
+def test_answer_ends_when_the_session_is_closed(engine: LlamaEngine, taken: int) -> None:
+    """Between two chunks of the prompt and between two tokens, it ends before the next one."""
+    session = Session()
+    steps = engine.answer(session, whole(PROMPT), 50)
+    for _ in range(taken):
+        next(steps)
     session.close()
     with pytest.raises(SessionClosedError):
         next(steps)
@@ -514,14 +558,12 @@ def test_sampling_refuses_what_makes_no_sense(temperature: float, top_p: float, 
         sampling(temperature=temperature, top_p=top_p, seed=seed)
 
 
-def test_cache_refuses_to_grow_by_truncation(engine: LlamaEngine) -> None:
-    """A cache never claims tokens that it does not have."""
+def test_cache_does_not_grow_by_truncation(engine: LlamaEngine) -> None:
+    """A cache never claims tokens that it does not have, and is freed once."""
     cache = engine.memory.create()
     engine.model.forward([(cache, np.array(PROMPT, np.int32))])
-    for length in (-1, len(PROMPT) + 1):
-        with pytest.raises(ValueError, match="cannot truncate"):
-            cache.truncate(length)
-    assert cache.length == len(PROMPT)
+    lengths = [cache.truncate(length).length for length in (len(PROMPT) + 1, 9, 10, 0)]
+    assert lengths == [len(PROMPT), 9, 9, 0]
     engine.memory.release(cache)
     with pytest.raises(ValueError, match="released twice"):
         engine.memory.release(cache)

@@ -105,6 +105,34 @@ def test_recomputes_what_was_evicted(lose: str) -> None:
     assert tokens == decode(len(tokens))
 
 
+@pytest.mark.parametrize("length", [1, 5, 7])
+def test_fully_covered(length: int) -> None:
+    """Sessions of which nothing is pending feed their last token again."""
+    engine, draft = LlamaEngine(MODEL), LlamaEngine(DRAFTS["fewer layers"])
+    with Session() as session, Session() as draft_session:
+        for owner, covered in ((engine, session), (draft, draft_session)):
+            owner.prefill(covered, PROMPT)
+            with owner.slots.borrow(covered) as state:
+                state.rewind(length, pending=0)
+                assert not state.pending
+        tokens: list[int] = []
+        while len(tokens) < 20:
+            tokens += speculate(engine, session, draft, draft_session)
+    assert tokens == decode(len(tokens), prompt=PROMPT[:length])
+
+
+def test_long_history_is_fed_in_chunks() -> None:
+    """Once its KV cache was evicted, a history is fed by as many tokens at once as the engine takes."""
+    model = counting(MODEL)
+    engine, draft = LlamaEngine(model, chunk=3), LlamaEngine(MODEL)
+    with Session() as session, Session() as draft_session:
+        engine.prefill(session, PROMPT)
+        engine.slots.evict(session)
+        model.passes.clear()
+        assert speculate(engine, session, draft, draft_session) == decode(5)
+    assert model.passes == [3, 3, 1, 5]
+
+
 @pytest.mark.parametrize("failing", range(1, 12))
 @pytest.mark.parametrize("where", ["target", "draft"])
 def test_failed_step_leaves_no_trace(where: str, failing: int) -> None:
