@@ -6,6 +6,7 @@ session is no memory of its own but a handle, a sequence id, and there are only 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
@@ -14,13 +15,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from operator import index
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inference_session import Session
-from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
-from inference_session.exceptions import SessionClosedError
+from inference_session.engine import TORN, BorrowedState, DecodeResult, PrefillResult, StateSlots
 
 
 try:
@@ -30,6 +31,9 @@ except ModuleNotFoundError as error:
     raise ImportError(msg) from error
 
 Logits = NDArray[np.float32]
+
+# What of a sequence goes into a checkpoint: recurrent states, and what windows see.
+_PARTIAL = L.llama_state_seq_flags(L.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
 
 # It says a lot on standard error, tokens among it. Whoever wants that sets the level before. (In
 # this version of the binding, warnings count as errors, and errors as debugging.)
@@ -45,13 +49,22 @@ class KVCacheFullError(MemoryError):
     """The KV cache of the context, which all sequences share, has no room for a batch."""
 
 
+class Checkpoint(NamedTuple):
+    """A copy of what can't be cut of a sequence: recurrent states, and what windows see."""
+
+    length: int
+    state: ctypes.Array[ctypes.c_uint8]
+
+
 class KVSequence:
     """A sequence of a context: taken while this object lives and isn't released."""
 
-    __slots__ = ("__weakref__", "id", "released")
+    __slots__ = ("__weakref__", "checkpoints", "id", "length", "released")
 
     def __init__(self, id: int) -> None:  # noqa: A002 it's what it is
         self.id = id
+        self.length = 0
+        self.checkpoints: list[Checkpoint] = []  # From short to long.
         self.released = False
 
 
@@ -73,13 +86,18 @@ class LlamaContext:
         n_batch: int = 512,
         n_ubatch: int = 512,
         n_threads: int = os.cpu_count() or 1,
+        swa_full: bool = False,
+        checkpoints: int = 8,
         exact: bool = False,
     ) -> None:
         """Load a GGUF file.
 
         `n_ctx` is the number of tokens that the KV cache holds, for all sequences together, and
-        `n_batch` how many go through the model in one call. `exact` keeps keys and values as they
-        were computed, in float32, so that it doesn't show whether they come from the cache.
+        `n_batch` how many go through the model in one call. `swa_full` gives sliding layers as much
+        memory as the others, instead of a window for each sequence. `checkpoints` is how many are
+        kept of a sequence, at most, of a model with a recurrent state or such windows. `exact` keeps
+        keys and values as they were computed, in float32, so that it doesn't show whether they come
+        from the cache.
         """
         most = min(n_batch, L.llama_max_parallel_sequences())
         if not 1 <= max_sequences <= most:
@@ -100,6 +118,7 @@ class LlamaContext:
         params.n_seq_max = max_sequences
         params.kv_unified = True  # Else each sequence gets an equal, small part of n_ctx.
         params.n_threads = params.n_threads_batch = n_threads
+        params.swa_full = swa_full
         if exact:
             params.type_k = params.type_v = L.GGML_TYPE_F32
             params.flash_attn_type = L.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -116,7 +135,10 @@ class LlamaContext:
         native.callback(L.llama_batch_free, self._batch)
         self.n_ctx = L.llama_n_ctx_seq(context)  # Rounded up.
         self.vocab_size = L.llama_vocab_n_tokens(vocabulary)
-        self.truncatable = not (L.llama_model_is_recurrent(model) or L.llama_model_is_hybrid(model))
+        self._stateful = L.llama_model_is_recurrent(model) or L.llama_model_is_hybrid(model)
+        self._window = 0 if self._stateful else L.llama_model_n_swa(model)
+        self._spacing = max(32, self._window // 4)  # Of checkpoints, in tokens.
+        self._checkpoints = checkpoints if self._stateful or (self._window and not swa_full) else 0
 
     def create(self) -> KVSequence:
         """Take a free sequence; `OutOfSequencesError` if there is none."""
@@ -135,19 +157,21 @@ class LlamaContext:
         raise OutOfSequencesError(msg)
 
     def length(self, sequence: KVSequence) -> int:
-        """Return how many tokens the KV cache has of a sequence."""
+        """Return how many tokens the KV cache has of a sequence; `TORN` after a failed step."""
         with self._lock:
             self._check_alive()
-            return int(L.llama_memory_seq_pos_max(self._memory, sequence.id)) + 1
+            return self._length(sequence)
 
     def truncate(self, sequence: KVSequence, length: int) -> KVSequence:
-        """Keep the first `length` tokens of a sequence."""
+        """Keep the first `length` tokens of a sequence, or fewer where it can't be cut there.
+
+        It goes back to the last checkpoint then, or to nothing.
+        """
         with self._lock:
             self._check_alive()
-            # It says True even if there is no such sequence; False is for models with a state.
-            if not L.llama_memory_seq_rm(self._memory, sequence.id, length, -1):
-                msg = "llama.cpp cannot remove a part of a sequence of this model"
-                raise RuntimeError(msg)
+            sequence.checkpoints = [it for it in sequence.checkpoints if it.length <= length]
+            if not self._cut(sequence, length):
+                self._restore(sequence)
         return sequence
 
     def release(self, sequence: KVSequence) -> None:
@@ -155,44 +179,121 @@ class LlamaContext:
         sequence.released = True
 
     def nbytes(self, sequence: KVSequence) -> int:
-        """Return the bytes of a sequence in the KV cache."""
+        """Return the bytes of a sequence in the KV cache, and of its checkpoints."""
         with self._lock:
             self._check_alive()
-            return int(L.llama_state_seq_get_size(self._context, L.llama_seq_id(sequence.id)))
+            size = int(L.llama_state_seq_get_size(self._context, L.llama_seq_id(sequence.id)))
+            return size + sum(len(it.state) for it in sequence.checkpoints)
 
     def feed(self, parts: Sequence[tuple[KVSequence, Sequence[int]]]) -> list[Logits]:
         """Feed each sequence its next tokens, all in one batch, and return the logits after each.
 
-        `KVCacheFullError` if there is no room. After any other error, a part may be in the cache.
+        `KVCacheFullError` if there is no room. After any other error of llama.cpp, sequences are
+        torn: `truncate` makes them whole again.
         """
         if (count := sum(len(tokens) for _, tokens in parts)) > self.n_batch:
             msg = f"{count} tokens are too many for a batch of {self.n_batch}"
             raise ValueError(msg)  # llama.cpp would abort the process.
         with self._lock:
             self._clear_up()
-            batch, row, ends = self._batch, 0, list[int]()
-            for sequence, tokens in parts:
-                start = L.llama_memory_seq_pos_max(self._memory, sequence.id) + 1
-                for position, token in enumerate(tokens, start):
-                    batch.token[row], batch.pos[row], batch.logits[row] = token, position, False
-                    batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence.id
-                    row += 1
-                ends.append(row - 1)
-                batch.logits[row - 1] = True
-            batch.n_tokens = row
-            code = L.llama_decode(self._context, batch)
-            if code == 1:
-                msg = (
-                    f"no room for {count} more tokens in a KV cache of {self.n_ctx}: close a session, "
-                    "or free the KV cache of one with engine.slots.evict(session), and try again"
-                )
-                raise KVCacheFullError(msg)
-            if code != 0:
-                reason = {2: "was aborted", -1: "refused the batch"}.get(code, "failed")
-                msg = f"llama_decode {reason} (code {code})"
+            if TORN in (self._length(sequence) for sequence, _ in parts):
+                msg = "a sequence is torn, by a batch that failed: truncate it first"
                 raise RuntimeError(msg)
+            for sequence, tokens in parts:
+                self._save(sequence, len(tokens))
+            ends = self._fill_batch(parts)
+            self._decode(parts)
             found = [L.llama_get_logits_ith(self._context, end) for end in ends]
             return [np.ctypeslib.as_array(row, (self.vocab_size,)).copy() for row in found]
+
+    def _fill_batch(self, parts: Sequence[tuple[KVSequence, Sequence[int]]]) -> list[int]:
+        """Put tokens into the batch, and return the row of each sequence's last."""
+        batch, row, ends = self._batch, 0, list[int]()
+        for sequence, tokens in parts:
+            for position, token in enumerate(tokens, sequence.length):
+                batch.token[row], batch.pos[row], batch.logits[row] = token, position, False
+                batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence.id
+                row += 1
+            ends.append(row - 1)
+            batch.logits[row - 1] = True
+        batch.n_tokens = row
+        return ends
+
+    def _decode(self, parts: Sequence[tuple[KVSequence, Sequence[int]]]) -> None:
+        touched = [sequence for sequence, _ in parts]
+        if self._stateful and len(parts) > 1:
+            # To have the states of a batch side by side, llama.cpp moves others, too.
+            found = (holder() for holder in self._holders.values())
+            touched = [sequence for sequence in found if sequence is not None]
+        lengths = [sequence.length for sequence in touched]
+        for sequence in touched:
+            sequence.length = TORN
+        code = L.llama_decode(self._context, self._batch)
+        if code in {0, 1}:
+            for sequence, length in zip(touched, lengths, strict=True):
+                sequence.length = length
+        if code == 0:
+            for sequence, tokens in parts:
+                sequence.length += len(tokens)
+        elif code == 1:
+            msg = (
+                f"no room for {self._batch.n_tokens} more tokens in a KV cache of {self.n_ctx}: close "
+                "a session, or free the KV cache of one with engine.slots.evict(session), and try again"
+            )
+            raise KVCacheFullError(msg)
+        else:
+            reason = {2: "was aborted", -1: "refused the batch"}.get(code, "failed")
+            msg = f"llama_decode {reason} (code {code})"
+            raise RuntimeError(msg)
+
+    def _length(self, sequence: KVSequence) -> int:
+        length = int(L.llama_memory_seq_pos_max(self._memory, sequence.id)) + 1
+        return length if length == sequence.length else TORN
+
+    def _cut(self, sequence: KVSequence, length: int) -> bool:
+        """Remove all but the first `length` tokens; return False if what the next one needs is gone."""
+        if self._stateful:
+            return self._length(sequence) <= length
+        # This succeeds, whatever is there.
+        L.llama_memory_seq_rm(self._memory, sequence.id, length, -1)
+        sequence.length = end = int(L.llama_memory_seq_pos_max(self._memory, sequence.id)) + 1
+        # Any sequence may have taken the room of tokens that slid out of the window of this one.
+        begin = int(L.llama_memory_seq_pos_min(self._memory, sequence.id))
+        return end > 0 and begin <= max(0, end + 1 - self._window)
+
+    def _restore(self, sequence: KVSequence) -> None:
+        """Go back to the last checkpoint, or to nothing."""
+        sequence.length = TORN
+        number = L.llama_seq_id(sequence.id)
+        while sequence.checkpoints:
+            length, state = sequence.checkpoints[-1]
+            if L.llama_state_seq_set_data_ext(self._context, state, len(state), number, _PARTIAL):
+                L.llama_memory_seq_rm(self._memory, sequence.id, length, -1)
+                sequence.length = length
+                if self._length(sequence) == length:
+                    return
+            sequence.checkpoints.pop()  # There is no room for what windows see.
+        L.llama_memory_seq_rm(self._memory, sequence.id, -1, -1)
+        sequence.length = 0
+
+    def _save(self, sequence: KVSequence, count: int) -> None:
+        """Make a checkpoint of a sequence that is about to be fed `count` tokens, if it is time."""
+        points = sequence.checkpoints
+        since = sequence.length - (points[-1].length if points else 0)
+        soon = self._stateful and count > 1  # A draft may be refused, an edited prompt come back.
+        if not self._checkpoints or since < (1 if soon else self._spacing):
+            return
+        number = L.llama_seq_id(sequence.id)
+        state = (ctypes.c_uint8 * L.llama_state_seq_get_size_ext(self._context, number, _PARTIAL))()
+        L.llama_state_seq_get_data_ext(self._context, state, len(state), number, _PARTIAL)
+        points.append(Checkpoint(sequence.length, state))
+        if len(points) > self._checkpoints:
+            # The older they are, the farther apart: going back costs in proportion to how far.
+            ends = [0, *(it.length for it in points)]
+            gaps = [
+                (ends[i + 2] - ends[i]) / (ends[-1] - ends[i + 1]) for i in range(len(points) - 1)
+            ]
+            del points[gaps.index(min(gaps))]
 
     def _clear_up(self) -> None:
         self._check_alive()
@@ -229,7 +330,7 @@ class LlamaCppEngine:
         self.slots = StateSlots(
             create=context.create,
             length=context.length,
-            truncate=context.truncate if context.truncatable else None,
+            truncate=context.truncate,
             release=context.release,
             nbytes=context.nbytes,
         )
@@ -240,7 +341,7 @@ class LlamaCppEngine:
         with self.slots.borrow(session) as state:
             self._check_room(len(state.token_history) + len(new))
             state.append(new)
-            self._feed_all_but_last(session, state)
+            self._feed_all_but_last(state)
         return PrefillResult(tokens_processed=len(new))
 
     def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
@@ -249,7 +350,7 @@ class LlamaCppEngine:
         self._check_room(len(history))
         with self.slots.borrow(session) as state:
             reused = state.reuse_prefix(history)
-            self._feed_all_but_last(session, state)
+            self._feed_all_but_last(state)
         return reused
 
     def decode(self, session: Session, /) -> DecodeResult:
@@ -259,12 +360,12 @@ class LlamaCppEngine:
     def decode_batch(self, sessions: Sequence[Session], /) -> list[DecodeResult]:
         """Add the likeliest next token of each session, by one `llama_decode`: all or none."""
         with self.slots.borrow_all(sessions) as states:
-            for session, state in zip(sessions, states, strict=True):
+            for state in states:
                 if not state.token_history:
                     msg = "nothing to decode from: the session is empty, prefill it first"
                     raise ValueError(msg)
                 self._check_room(len(state.token_history) + 1)
-                self._feed_all_but_last(session, state)
+                self._feed_all_but_last(state)
             results: list[DecodeResult] = []
             if states:
                 batch = self.context.feed([(state.kv_cache, state.pending) for state in states])
@@ -274,12 +375,8 @@ class LlamaCppEngine:
                     state.append([results[-1].token])
         return results
 
-    def _feed_all_but_last(self, session: Session, state: BorrowedState[KVSequence]) -> None:
-        pending = state.pending[:-1]
-        for start in range(0, len(pending), self.chunk):
-            if session.closed:  # Nobody waits for the rest.
-                raise SessionClosedError(session.id)
-            tokens = pending[start : start + self.chunk]
+    def _feed_all_but_last(self, state: BorrowedState[KVSequence]) -> None:
+        for tokens in state.chunks(self.chunk):
             self.context.feed([(state.kv_cache, tokens)])
             state.advance(len(tokens))
 

@@ -12,18 +12,37 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import cache
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import llama_cpp as L  # noqa: N812
+import numpy as np
 import pytest
-from tests.engines.gguf_models import write_llama, write_mamba
-from tests.engines.serving import OTHER, PROMPT, PROMPTS, VOCAB_SIZE, Serving, answer, decode, look
+from tests.engines.gguf_models import (
+    WINDOW,
+    write_gemma,
+    write_jamba,
+    write_lfm2,
+    write_llama,
+    write_mamba,
+)
+from tests.engines.serving import (
+    OTHER,
+    PROMPT,
+    PROMPTS,
+    VOCAB_SIZE,
+    EngineWithSlots,
+    Serving,
+    answer,
+    decode,
+    look,
+)
 
 import smollm2
 from inference_session import Session
+from inference_session.engine import TORN
 from inference_session.exceptions import (
     SessionBusyError,
     SessionClosedError,
@@ -32,6 +51,7 @@ from inference_session.exceptions import (
 from inference_session.testing import parametrize_with_checks
 from llama_cpp_engine import (
     KVCacheFullError,
+    KVSequence,
     LlamaContext,
     LlamaCppEngine,
     OutOfSequencesError,
@@ -88,16 +108,16 @@ def native_length(engine: LlamaCppEngine, number: int) -> int:
 
 
 @cache
-def model_for_kit() -> Path:
-    """Write a small Llama to a temporary directory, and return its path."""
+def model(write: Callable[[Path], Path]) -> Path:
+    """Write a small model to a temporary directory, and return its path."""
     directory = tempfile.TemporaryDirectory()
     atexit.register(directory.cleanup)
-    return write_llama(Path(directory.name, "kit.gguf"))
+    return write(Path(directory.name, "model.gguf"))
 
 
 @parametrize_with_checks(
     lambda: LlamaCppEngine(
-        LlamaContext(model_for_kit(), n_ctx=512, n_threads=1, exact=True), chunk=4
+        LlamaContext(model(write_llama), n_ctx=512, n_threads=1, exact=True), chunk=4
     ),
     vocab_size=VOCAB_SIZE,
 )
@@ -244,7 +264,7 @@ def test_length_is_that_of_llama_cpp(engine: LlamaCppEngine) -> None:
         engine.prefill(session, PROMPT)
         with pytest.raises(StateMismatchError) as error, engine.slots.borrow(session) as state:
             L.llama_memory_seq_rm(engine.context._memory, state.kv_cache.id, 20, -1)
-        assert (error.value.expected, error.value.actual) == (39, 20)
+        assert (error.value.expected, error.value.actual) == (39, TORN)
         assert look(engine, session) == (PROMPT, 0)
         assert decode(engine, session, 5) == answer(engine, PROMPT, 5)
 
@@ -614,23 +634,406 @@ def test_guard_is_needed(path: Path) -> None:
     assert run.stdout == ""
 
 
-# Models and what is missing
+# Windows, recurrent and hybrid models
+
+SLIDING = {"gemma": write_gemma}
+STATEFUL = {"mamba": write_mamba, "jamba": write_jamba, "lfm2": write_lfm2}
+LONG: list[int] = np.random.default_rng(9).integers(0, VOCAB_SIZE, 200).tolist()
 
 
-def test_model_whose_state_cannot_be_truncated(path: Path) -> None:
-    """A Mamba has one state for all tokens: what can't be taken back is computed anew."""
-    engine = LlamaCppEngine(
-        LlamaContext(write_mamba(path.with_name("mamba.gguf")), n_threads=1, n_batch=16)
+def make_engine(
+    kind: str, *, chunk: int = 64, checkpoints: int = 8, swa_full: bool = False
+) -> LlamaCppEngine:
+    """Return an engine, in whose memory for windows there is room for those of all sequences, and little more."""
+    hidden = 2
+    context = LlamaContext(
+        model({**SLIDING, **STATEFUL}[kind]),
+        max_sequences=8 + hidden,
+        n_ctx=1536,
+        n_batch=64,
+        n_ubatch=8,
+        n_threads=1,
+        swa_full=swa_full,
+        checkpoints=checkpoints,
+        exact=True,
     )
-    assert engine.slots.truncate is None
-    with Session() as session, Session() as other:
+    context.max_sequences -= hidden
+    if kind != "mamba" and not swa_full:
+        # llama.cpp makes it for 256 tokens at least. Those that two sequences share stay.
+        filler = KVSequence(context.max_sequences)
+        for _ in range(4):
+            context.feed([(filler, LONG[:46])])
+        L.llama_memory_seq_cp(context._memory, filler.id, filler.id + 1, -1, -1)
+    return LlamaCppEngine(context, chunk=chunk)
+
+
+@pytest.fixture(params=[*SLIDING, *STATEFUL])
+def other(request: pytest.FixtureRequest) -> Iterator[LlamaCppEngine]:
+    """Give an engine of a model whose KV cache can't be cut anywhere, and check that it is left empty."""
+    engine = make_engine(request.param)
+    yield engine
+    assert free_sequences(engine) == engine.context.max_sequences
+    assert {native_length(engine, number) for number in range(engine.context.max_sequences)} == {0}
+
+
+def feed(engine: LlamaCppEngine, sequence: KVSequence, tokens: list[int]) -> list[float]:
+    """Feed a sequence, in small parts, and return the last logits."""
+    logits: list[float] = []
+    for start in range(0, len(tokens), 16):
+        (last,) = engine.context.feed([(sequence, tokens[start : start + 16])])
+        logits = last.tolist()
+    return logits
+
+
+def computed_anew(engine: LlamaCppEngine, tokens: list[int]) -> list[float]:
+    """Return the logits of a sequence that nothing was removed of."""
+    sequence = engine.context.create()
+    logits = feed(engine, sequence, tokens)
+    engine.context.release(sequence)
+    return logits
+
+
+def kit(kind: str) -> pytest.MarkDecorator:
+    """Return what makes the checks of `inference_session.testing`."""
+    return parametrize_with_checks(
+        partial(make_engine, kind, chunk=4), vocab_size=VOCAB_SIZE, max_examples=8
+    )
+
+
+@kit("gemma")
+def test_kit_sliding(check: Callable[[], None]) -> None:
+    """The engine keeps every promise where layers see a window only, soon to be overwritten."""
+    check()
+
+
+@kit("mamba")
+def test_kit_recurrent(check: Callable[[], None]) -> None:
+    """The engine keeps every promise where there is but a state."""
+    check()
+
+
+@kit("jamba")
+def test_kit_hybrid(check: Callable[[], None]) -> None:
+    """The engine keeps every promise where there is a state, and layers that attend."""
+    check()
+
+
+class TestServingOthers(Serving):
+    """What a session says does not depend on how it is served, where a KV cache can't be cut anywhere."""
+
+    @pytest.fixture
+    def engine(self, other: LlamaCppEngine) -> LlamaCppEngine:
+        """Give such an engine."""
+        return other
+
+    @pytest.mark.parametrize("common", [0, 1, 25, 39, 40, 45, 46])
+    def test_prompt_is_a_fresh_session(self, engine: EngineWithSlots, common: int) -> None:
+        """A history that is replaced answers as a new session, and is reused as far as can be."""
+        with Session() as session:
+            engine.prefill(session, PROMPT)
+            old = PROMPT + decode(engine, session, 6)
+            tokens = old[:common] + OTHER
+            reused = engine.prompt(session, tokens)
+            assert look(engine, session) == (tokens, len(tokens) - 1)
+            assert decode(engine, session, 15) == answer(engine, tokens, 15)
+        assert reused <= min(common, len(old) - 1)
+        if common >= 39:  # There is a checkpoint where the prompt ended.
+            assert reused >= 39
+
+    def test_prompt_that_is_the_whole_history(self, engine: EngineWithSlots) -> None:
+        """Asked again for what it has, a session keeps the cache and still has something to decode."""
+        with Session() as session:
+            engine.prefill(session, PROMPT)
+            first = decode(engine, session, 10)
+            assert engine.prompt(session, PROMPT) == len(PROMPT) - 1
+            assert decode(engine, session, 10) == first
+
+
+@pytest.mark.parametrize("memory", ["of a window", "of all"])
+@pytest.mark.parametrize("kind", [*SLIDING, *STATEFUL])
+def test_truncate_lands_where_all_is_there(kind: str, memory: str) -> None:
+    """Whatever is asked for, what is kept goes on as if the rest had never been."""
+    engine = make_engine(kind, swa_full=memory == "of all")
+    context = engine.context
+    sequence = context.create()
+    landed: list[int] = []
+    for length in [120, 119, 101, 100, 75, 64, 50, 40, 33, 20, WINDOW + 1, WINDOW, 5, 1, 0]:
+        context.truncate(sequence, 0)
+        feed(engine, sequence, LONG[:120])
+        kept = context.length(context.truncate(sequence, length))
+        assert kept <= length
+        landed.append(length - kept)
+        logits = feed(engine, sequence, LONG[kept:length] + OTHER)
+        np.testing.assert_allclose(
+            logits, computed_anew(engine, LONG[:length] + OTHER), rtol=0, atol=1e-3
+        )
+    assert landed[0] == 0
+    assert max(landed) <= 40
+    if memory == "of all" and kind in SLIDING:
+        assert max(landed) == 0
+    context.release(sequence)
+
+
+@pytest.mark.parametrize("missing", [0, 1, 3])
+def test_removal_that_succeeds_is_wrong(missing: int) -> None:
+    """Why `truncate` must look: llama.cpp removes tokens, says nothing, and the next one sees too few."""
+    engine = make_engine("gemma")
+    memory, sequence = engine.context._memory, engine.context.create()
+    feed(engine, sequence, LONG[:120])
+    first = L.llama_memory_seq_pos_min(memory, sequence.id)
+    assert 40 < first <= 120 - WINDOW
+    cut = first + WINDOW - 1 - missing
+    assert L.llama_memory_seq_rm(memory, sequence.id, cut, -1)
+    sequence.length = cut
+    assert engine.context.length(sequence) == cut
+    logits = feed(engine, sequence, OTHER[:1])
+    difference = np.subtract(logits, computed_anew(engine, LONG[:cut] + OTHER[:1]))
+    assert (np.abs(difference).max() > 0.01) == (missing > 0)
+
+    engine.context.truncate(sequence, 0)
+    feed(engine, sequence, LONG[:120])
+    assert L.llama_memory_seq_pos_min(memory, sequence.id) == first
+    kept = engine.context.length(engine.context.truncate(sequence, cut))
+    assert (0 < kept < cut) if missing else kept == cut
+
+
+def test_state_has_another_length_than_llama_cpp_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why tokens are counted: after a call that fails, states are ahead, and positions don't show it."""
+    engine = make_engine("jamba")
+    native = L.llama_decode
+
+    def fail(context: L.llama_context_p, batch: L.llama_batch) -> int:
+        assert native(context, batch) == 0
+        return -3
+
+    with Session() as session:
         engine.prefill(session, PROMPT)
-        engine.prefill(other, OTHER)
-        tokens = decode(engine, session, 10)
-        assert engine.prompt(session, PROMPT) == 0
-        decode(engine, other, 5)
-        assert decode(engine, session, 10) == tokens
-    assert len(set(tokens)) > 3
+        expected = answer(engine, [*PROMPT, 5], 10)
+        with monkeypatch.context() as patch:
+            patch.setattr(L, "llama_decode", fail)
+            with (  # noqa: PT012
+                pytest.raises(RuntimeError, match="code -3"),
+                engine.slots.borrow(session) as state,
+            ):
+                try:
+                    engine.context.feed([(state.kv_cache, [7])])
+                finally:
+                    assert native_length(engine, state.kv_cache.id) == 40
+                    assert engine.context.length(state.kv_cache) == TORN
+        engine.prefill(session, [5])
+        assert decode(engine, session, 10) == expected
+
+
+@contextmanager
+def aborting(engine: LlamaCppEngine, after: float) -> Generator[list[int]]:
+    """Have llama.cpp abort after so many nodes of its graphs, and count them."""
+    nodes: list[int] = []
+
+    def abort(data: ctypes.c_void_p) -> bool:
+        nodes.append(1)
+        return len(nodes) > after
+
+    callback, never = L.ggml_abort_callback(abort), L.ggml_abort_callback()
+    L.llama_set_abort_callback(engine.context._context, callback, ctypes.c_void_p())
+    try:
+        yield nodes
+    finally:
+        L.llama_set_abort_callback(engine.context._context, never, ctypes.c_void_p())
+
+
+STEPS: dict[str, Callable[[LlamaCppEngine, Session, Session], object]] = {
+    "prefill": lambda engine, session, _: engine.prefill(session, OTHER),
+    "prompt": lambda engine, session, _: engine.prompt(session, PROMPT[:30] + OTHER),
+    "decode": lambda engine, session, _: engine.decode(session),
+    "decode_batch": lambda engine, session, second: engine.decode_batch([second, session]),
+}
+
+
+@pytest.mark.parametrize("share", [0, 0.2, 0.5, 0.8])
+@pytest.mark.parametrize("step", STEPS)
+def test_aborted_step_can_be_tried_again(other: LlamaCppEngine, step: str, share: float) -> None:
+    """Whatever layers a step had changed when it was aborted, the next one has the result of the first."""
+
+    def serve(after: float) -> tuple[int, list[int]]:
+        with Session() as session, Session() as second:
+            other.prefill(session, PROMPT)
+            other.prefill(second, LONG[:100])
+            other.decode_batch([session, second])
+            before = look(other, session)[0], look(other, second)[0]
+            with aborting(other, after) as nodes:
+                if after < np.inf:
+                    with pytest.raises(RuntimeError, match=r"aborted \(code 2\)"):
+                        STEPS[step](other, session, second)
+                    assert (look(other, session)[0], look(other, second)[0]) == before
+            with aborting(other, np.inf) as nodes:
+                STEPS[step](other, session, second)
+            return len(nodes), [*decode(other, session, 8), *decode(other, second, 8)]
+
+    nodes, expected = serve(np.inf)
+    assert serve(int(nodes * share))[1] == expected
+
+
+def test_aborted_batch_of_others() -> None:
+    """To have the states of a batch side by side, llama.cpp moves that of a session that isn't in it.
+
+    If it is aborted then, that session must not go on with what it finds.
+    """
+    engine = make_engine("jamba")
+    with ExitStack() as closing:
+        sessions = [closing.enter_context(Session()) for _ in range(6)]
+        for number, session in enumerate(sessions):
+            engine.prefill(session, LONG[number : number + 40])
+        expected = [answer(engine, LONG[number : number + 40], 8) for number in range(6)]
+        with (
+            aborting(engine, 5),
+            pytest.raises(RuntimeError, match="aborted"),
+        ):
+            engine.decode_batch([sessions[0], sessions[5]])
+        found: list[list[int]] = []
+        for session in sessions:
+            if session not in (sessions[0], sessions[5]):
+                with pytest.raises(RuntimeError, match="torn"):
+                    engine.decode(session)
+            found.append(decode(engine, session, 8))
+        assert found == expected
+
+
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of tokens of each call."""
+    native, rows = L.llama_decode, list[int]()
+
+    def counted(context: L.llama_context_p, batch: L.llama_batch) -> int:
+        rows.append(batch.n_tokens)
+        return int(native(context, batch))
+
+    monkeypatch.setattr(L, "llama_decode", counted)
+    return rows
+
+
+@pytest.mark.parametrize("kind", [*SLIDING, *STATEFUL])
+def test_next_turn_is_fed_only_what_is_new(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn whose answer the client spells in another way feeds tens of tokens, not hundreds."""
+    engine = make_engine(kind, chunk=64)
+    prompt = LONG + PROMPT
+    with Session() as session:
+        engine.prefill(session, prompt)
+        history = prompt + decode(engine, session, 36)
+        rows = fed(monkeypatch)
+        turn = [*history[:262], 3, *OTHER]
+        reused = engine.prompt(session, turn)
+        assert reused >= 239
+        assert sum(rows) == len(turn) - 1 - reused < 50
+        monkeypatch.undo()
+        assert decode(engine, session, 10) == answer(engine, turn, 10)
+
+
+@pytest.mark.parametrize("kind", [*SLIDING, *STATEFUL])
+def test_speculative_decoding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses that are half wrong cost about three tokens for each that is kept, not all of the history."""
+    engine = make_engine(kind)
+    tokens = answer(engine, LONG, 48)
+    with Session() as session:
+        engine.prefill(session, LONG)
+        rows = fed(monkeypatch)
+        for start in range(0, 40, 4):
+            right, wrong = tokens[start : start + 3], [1, 2, 3]
+            with engine.slots.borrow(session) as state:
+                for part in state.chunks(engine.chunk):
+                    engine.context.feed([(state.kv_cache, part)])
+                    state.advance(len(part))
+                state.append(right + wrong)
+                engine.context.feed([(state.kv_cache, state.pending)])
+                state.advance(7)
+                state.rewind(len(LONG) + start + 3, pending=0)
+                state.append([tokens[start + 3]])
+        monkeypatch.undo()
+        assert sum(rows) <= 3 * 40
+        assert decode(engine, session, 8) == tokens[40:]
+
+
+def test_checkpoints_are_few_and_farther_apart_the_older_they_are() -> None:
+    """They are bounded in number, counted as memory, and going back far costs more than going back a little."""
+    engine = make_engine("jamba", chunk=32)
+    context = engine.context
+    with Session() as session:
+        engine.prefill(session, LONG * 3)
+        with engine.slots.borrow(session) as state:
+            sequence = state.kv_cache
+            points = [point.length for point in sequence.checkpoints]
+            assert len(points) == 8
+            apart = np.diff(points).tolist()
+            assert apart == sorted(apart, reverse=True)
+            assert apart[-1] == 32
+            assert apart[0] > 64
+            held = sum(len(point.state) for point in sequence.checkpoints)
+            size = L.llama_state_seq_get_size(context._context, L.llama_seq_id(sequence.id))
+            assert context.nbytes(sequence) == held + size > size
+            state.rewind(points[-2] + 1)
+            assert state.kv_length == points[-2]
+            assert [point.length for point in state.kv_cache.checkpoints] == points[:-1]
+
+
+@pytest.mark.parametrize("kind", [*SLIDING, *STATEFUL])
+def test_without_checkpoints(kind: str) -> None:
+    """What can't be cut is computed anew."""
+    engine = make_engine(kind, checkpoints=0)
+    with Session() as session:
+        engine.prefill(session, LONG)
+        with engine.slots.borrow(session) as state:
+            assert not state.kv_cache.checkpoints
+            state.rewind(100)
+            assert state.kv_length == 0
+        assert decode(engine, session, 8) == answer(engine, LONG[:100], 8)
+
+
+@pytest.mark.parametrize(("refused", "kept"), [(0, 96), (1, 64), (9, 0)])
+@pytest.mark.parametrize("kind", [*SLIDING, *STATEFUL])
+def test_checkpoint_that_cannot_be_restored(
+    kind: str, refused: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If llama.cpp finds no room for one, an older one will do, or none."""
+    engine = make_engine(kind, chunk=32)
+    native = L.llama_state_seq_set_data_ext
+    calls: list[int] = []
+
+    def refuse(
+        context: L.llama_context_p,
+        state: ctypes.Array[ctypes.c_uint8],
+        size: int,
+        number: L.llama_seq_id,
+        flags: L.llama_state_seq_flags,
+    ) -> int:
+        calls.append(size)
+        return 0 if len(calls) <= refused else int(native(context, state, size, number, flags))
+
+    with Session() as session:
+        engine.prefill(session, LONG)
+        with monkeypatch.context() as patch, engine.slots.borrow(session) as state:
+            patch.setattr(L, "llama_state_seq_set_data_ext", refuse)
+            state.rewind(100)
+            assert state.kv_length == kept
+        assert decode(engine, session, 8) == answer(engine, LONG[:100], 8)
+
+
+def test_full_kv_cache_tears_nothing() -> None:
+    """Where there is no room, nothing is changed, so nothing is taken back to a checkpoint."""
+    engine = make_engine("jamba")
+    with Session() as session, Session() as other:
+        engine.prefill(session, LONG * 6)
+        engine.prefill(other, PROMPT)
+        before = look(engine, other)
+        with pytest.raises(KVCacheFullError):  # noqa: PT012
+            while True:
+                engine.decode(other)
+                before = look(engine, other)
+        assert look(engine, other) == before
+        session.close()
+        engine.decode(other)
+        history, _ = look(engine, other)
+        assert history[40:] == answer(engine, PROMPT, len(history) - 40)
+
+
+# Models and what is missing
 
 
 @pytest.mark.parametrize(("max_sequences", "n_batch"), [(0, 32), (33, 32), (257, 512)])
