@@ -1,7 +1,8 @@
 """An engine over MLX, with a model and KV caches of mlx-lm.
 
-A KV cache is a list with one of mlx-lm's caches for each layer, changed in place. MLX computes when
-it must, not when it is told what; so a step isn't over before it is evaluated.
+A KV cache is mlx-lm's list with a cache for each layer, changed in place, and checkpoints: sliding
+windows and recurrent states can't be cut just anywhere. MLX computes when it must, not when it is
+told what; so a step isn't over before it is evaluated.
 """
 
 # MLX and mlx-lm are typed in part only.
@@ -9,20 +10,35 @@ it must, not when it is told what; so a step isn't over before it is evaluated.
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import index
-from typing import Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from inference_session import Session
-from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
-from inference_session.exceptions import SessionClosedError
+from inference_session.engine import (
+    TORN,
+    BorrowedState,
+    DecodeResult,
+    PrefillResult,
+    StateSlots,
+)
 
 
 try:
     import mlx.core as mx
-    from mlx.utils import tree_map_with_path
-    from mlx_lm.models.cache import make_prompt_cache
+    from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+    from mlx_lm.models.cache import (
+        CacheList,
+        ChunkedKVCache,
+        KVCache,
+        QuantizedKVCache,
+        RotatingKVCache,
+        make_prompt_cache,
+    )
     from mlx_lm.models.llama import Model, ModelArgs
 except ModuleNotFoundError as error:
     msg = (
@@ -31,20 +47,35 @@ except ModuleNotFoundError as error:
     raise ImportError(msg) from error
 
 
+class LanguageModel(Protocol):
+    """What is needed of a model of mlx-lm."""
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        """Return the logits after each token."""
+        ...
+
+    def parameters(self) -> Mapping[str, object]:
+        """Return its weights."""
+        ...
+
+    def update(self, parameters: dict[str, object], /) -> object:
+        """Replace its weights."""
+        ...
+
+
 class LayerCache(Protocol):
     """What is needed of mlx-lm's cache of a layer."""
 
     offset: int
-    """Tokens it covers."""
+    """Tokens it covers. A recurrent state doesn't know."""
 
     @property
     def state(self) -> object:
         """The arrays in it."""
         ...
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
+    def is_trimmable(self) -> bool:
+        """Whether it can forget the last tokens."""
         ...
 
     def trim(self, n: int) -> int:
@@ -52,57 +83,179 @@ class LayerCache(Protocol):
         ...
 
 
-LayerCaches = list[LayerCache]
+WHOLE = (KVCache, QuantizedKVCache)
+"""Caches that hold every token, so they can be cut anywhere."""
+
+WINDOWS = (RotatingKVCache, ChunkedKVCache)
+"""Caches that hold every token until the window is full."""
+
+SPACING = 32
+"""Tokens that are decoded, one by one, from one checkpoint to the next."""
 
 
-def length(caches: LayerCaches) -> int:
-    """Return how many tokens the caches of all layers cover; `RuntimeError` if they disagree."""
-    lengths = {cache.offset for cache in caches}
-    if len(lengths) != 1:
-        msg = "the layers of a KV cache cover different numbers of tokens"
-        raise RuntimeError(msg)
-    return lengths.pop()
+@dataclass(frozen=True)
+class Checkpoint:
+    """The layers that can't be cut anywhere, as they were when they covered `length` tokens."""
+
+    length: int
+    states: list[dict[str, object]]
 
 
-def truncate(caches: LayerCaches, length: int) -> LayerCaches:
-    """Keep the first `length` tokens in all layers; `ValueError` if one has fewer."""
-    excess = [cache.offset - length for cache in caches]
-    if min(excess) < 0:  # `trim` would trim less, or "trim" a negative number, and say nothing.
-        msg = f"cannot truncate a KV cache to {length} tokens, as it has fewer"
-        raise ValueError(msg)
-    for cache, count in zip(caches, excess, strict=True):
-        cache.trim(count)
-    return caches
+class Cache:
+    """The caches of all layers, how many tokens they cover, and checkpoints to go back to.
+
+    A sliding window that is full can't be cut, nor can a recurrent state. Of these layers there are
+    copies, made before each step of more than one token (a part of a prompt, guesses to verify) and
+    every 32 tokens otherwise. The older they are, the fewer are kept. mlx-lm's other kinds of
+    caches are taken for recurrent states.
+    """
+
+    def __init__(self, layers: Sequence[LayerCache], max_checkpoints: int) -> None:
+        """Hold the caches of a model's layers, which are empty, and at most so many checkpoints."""
+        self.layers = layers
+        self.parts = list(parts(layers))
+        self._lossy = [part for part in self.parts if type(part) not in WHOLE]
+        self._length = 0
+        self._checkpoints = [Checkpoint(0, [copy.deepcopy(vars(part)) for part in self._lossy])]
+        self._max_checkpoints = max_checkpoints
+
+    def length(self) -> int:
+        """Return how many tokens all layers cover; `TORN` in a step, and after one that failed."""
+        offsets = {getattr(part, "offset", self._length) for part in self.parts}
+        return self._length if offsets <= {self._length} else TORN
+
+    def nbytes(self) -> int:
+        """Return how many bytes there are in arrays, those of the checkpoints included."""
+        states = [checkpoint.states for checkpoint in self._checkpoints]
+        return sum(array.nbytes for array in arrays([[vars(part) for part in self.parts], states]))
+
+    @contextmanager
+    def step(self, count: int) -> Generator[None]:
+        """Cover `count` more tokens, once the block has ended well."""
+        length, newest = self.length(), self._checkpoints[-1].length
+        if length > newest and (count > 1 or length - newest >= SPACING):
+            self._add_checkpoint(length)
+        self._length = TORN
+        yield
+        self._length = length + count
+
+    def truncate(self, length: int) -> Cache:
+        """Cover the first `length` tokens, or as many of them as can be had, be it none."""
+        checkpoints = reversed(self._checkpoints)
+        while self.length() > length:
+            if all(is_complete(part) and part.offset >= length for part in self.parts):
+                self._cut(length)
+            else:
+                self._go_back(next(checkpoints))
+        self._checkpoints = [made for made in self._checkpoints if made.length <= length]
+        return self
+
+    def _add_checkpoint(self, length: int) -> None:
+        if not self._lossy:
+            return
+        states = [tree_map(detached, vars(part)) for part in self._lossy]
+        mx.eval(arrays(states))
+        self._checkpoints.append(Checkpoint(length, states))
+        if len(self._checkpoints) > 1 + self._max_checkpoints:
+            del self._checkpoints[self._least_useful()]
+
+    def _least_useful(self) -> int:
+        """Return which checkpoint would leave the smallest gap for its age; not the empty one."""
+        lengths = [checkpoint.length for checkpoint in self._checkpoints]
+        return min(
+            range(1, len(lengths) - 1),
+            key=lambda i: (lengths[i + 1] - lengths[i - 1]) / (lengths[-1] - lengths[i]),
+            default=1,
+        )
+
+    def _go_back(self, checkpoint: Checkpoint) -> None:
+        for part, state in zip(self._lossy, checkpoint.states, strict=True):
+            vars(part).update(copy.deepcopy(state))  # Layers write into their arrays.
+        self._cut(checkpoint.length)
+
+    def _cut(self, length: int) -> None:
+        for part in self.parts:
+            if is_complete(part):
+                part.trim(max(part.offset - length, 0))
+        self._length = length
+
+
+def parts(layers: Sequence[LayerCache]) -> Iterator[LayerCache]:
+    """Yield the cache of each layer; where a layer has several, one after the other."""
+    for layer in layers:
+        if isinstance(layer, CacheList):
+            yield from parts(cast("Sequence[LayerCache]", layer.caches))
+        else:
+            yield layer
+
+
+def is_complete(part: LayerCache) -> bool:
+    """Return whether a cache holds every token, so that it can be cut anywhere."""
+    # A chunked one says that it's trimmable also when it has dropped tokens.
+    dropped = getattr(part, "start_position", 0)
+    return type(part) in WHOLE + WINDOWS and part.is_trimmable() and not dropped
+
+
+def detached(leaf: object) -> object:
+    """Return a copy that nothing writes into."""
+    # A slice, such as the last tokens before a convolution, would keep all that it's a slice of in
+    # memory; a contiguous copy doesn't.
+    return mx.contiguous(leaf) if isinstance(leaf, mx.array) else copy.deepcopy(leaf)
+
+
+def arrays(tree: object) -> list[mx.array]:
+    """Return the arrays in a tree of lists and dicts."""
+    leaves = cast("list[tuple[str, object]]", tree_flatten(tree))
+    return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
 
 
 class MLXEngine:
     """An `inference_session.engine.Engine`.
 
-    Every call feeds all that is pending, whyever it is, and leaves the last token of a session
-    pending, so that there is something to decode from.
+    Every call feeds all that is pending, whatever the reason, and leaves the last token of a
+    session pending, so that there is something to decode from.
     """
 
-    def __init__(self, model: Model, *, chunk: int = 512) -> None:
-        """Serve `model`; `chunk` is the most tokens of a session that go through it at once."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        chunk: int = 512,
+        checkpoints: int = 8,
+        cache: Callable[[], Sequence[LayerCache]] | None = None,
+    ) -> None:
+        """Serve a language model of mlx-lm.
+
+        Args:
+            model: the model.
+            chunk: the most tokens of a session that go through it at once.
+            checkpoints: the most that a session keeps, if it needs any. Each has the bytes of the
+                model's recurrent states and sliding windows.
+            cache: returns new caches for the layers, such as quantized ones; by default, those that
+                the model asks for.
+        """
         self.model = model
         self.chunk = chunk
+        new_layers = cache or (lambda: make_prompt_cache(cast("Model", model)))
         self.slots = StateSlots(
-            create=lambda: make_prompt_cache(model),
-            length=length,
-            truncate=truncate,
-            nbytes=lambda caches: sum(cache.nbytes for cache in caches),
+            create=lambda: Cache(new_layers(), checkpoints),
+            length=Cache.length,
+            truncate=Cache.truncate,
+            nbytes=Cache.nbytes,
         )
         # A stream of MLX is its thread's, but a session is anybody's: what one thread left
         # unevaluated, another must be able to evaluate. This kind can do that, but takes a lock.
         self._stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._lock = threading.Lock()
+        # Nothing is computed: arrays have shapes before they have values.
+        self._vocab_size = model(mx.array([[0]]), cache=new_layers()).shape[-1]
 
     def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
         """Add tokens and fill the KV cache with all but the last."""
         new = self._check(tokens)
         with self.slots.borrow(session) as state:
             state.append(new)
-            self._feed_all_but_last(session, state)
+            self.feed_all_but_last(state)
         return PrefillResult(tokens_processed=len(new))
 
     def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
@@ -110,7 +263,7 @@ class MLXEngine:
         history = self._check(tokens)
         with self.slots.borrow(session) as state:
             reused = state.reuse_prefix(history)
-            self._feed_all_but_last(session, state)
+            self.feed_all_but_last(state)
         return reused
 
     def decode(self, session: Session, /) -> DecodeResult:
@@ -119,46 +272,44 @@ class MLXEngine:
             if not state.token_history:
                 msg = "nothing to decode from: the session is empty, prefill it first"
                 raise ValueError(msg)
-            self._feed_all_but_last(session, state)
-            token = self._feed(state.kv_cache, state.pending)
-            state.advance(1)
+            self.feed_all_but_last(state)
+            (token,) = self.feed(state, state.pending)
             state.append([token])
         return DecodeResult(token=token)
 
-    def _feed_all_but_last(self, session: Session, state: BorrowedState[LayerCaches]) -> None:
-        pending = state.pending[:-1]
-        for start in range(0, len(pending), self.chunk):
-            if session.closed:  # Nobody waits for the rest.
-                raise SessionClosedError(session.id)
-            tokens = pending[start : start + self.chunk]
-            self._feed(state.kv_cache, tokens)
-            state.advance(len(tokens))
+    def feed_all_but_last(self, state: BorrowedState[Cache]) -> None:
+        """Feed what is pending, but leave the last token."""
+        for tokens in state.chunks(self.chunk):
+            self.feed(state, tokens)
 
-    def _feed(self, caches: LayerCaches, tokens: Sequence[int]) -> int:
-        """Feed the next tokens, and return the likeliest to follow them."""
-        with self._lock, mx.stream(self._stream):
-            logits = self.model(mx.array([tokens]), cache=caches)[0, -1]
-            token = mx.argmax(logits)
+    def feed(self, state: BorrowedState[Cache], tokens: Sequence[int]) -> list[int]:
+        """Feed the next pending tokens; return the likeliest token to follow each of them."""
+        choices = self._feed(state.kv_cache, tokens)
+        state.advance(len(tokens))
+        return choices
+
+    def _feed(self, cache: Cache, tokens: Sequence[int]) -> list[int]:
+        with self._lock, mx.stream(self._stream), cache.step(len(tokens)):
+            logits = self.model(mx.array([tokens]), cache=cache.layers)[0]
+            choices = mx.argmax(logits, axis=-1)
             # Here, and not in a later step or borrow, is where memory runs out or Ctrl-C strikes.
-            mx.eval(token, [cache.state for cache in caches])
-            return cast("int", token.item())
+            mx.eval(choices, [part.state for part in cache.parts])
+        return cast("list[int]", choices.tolist())
 
     def _check(self, tokens: Sequence[int]) -> list[int]:
         ids = [index(token) for token in tokens]
-        size = self.model.args.vocab_size
         for place, token in enumerate(ids):
-            if not 0 <= token < size:  # MLX would take any number.
-                msg = f"token {place} (from 0) isn't in the vocabulary of {size}"
+            if not 0 <= token < self._vocab_size:  # MLX would take any number.
+                msg = f"token {place} (from 0) isn't in the vocabulary of {self._vocab_size}"
                 raise ValueError(msg)
         return ids
 
 
-def random_model(seed: int, *, vocab_size: int = 128, num_layers: int = 3) -> Model:
-    """Return a small Llama with random weights, to test with.
+M = TypeVar("M", bound=LanguageModel)
 
-    They are large enough for every token of the input, and what every layer has cached of it, to
-    show in the output; and an embedding that also makes the output would have it echo its input.
-    """
+
+def random_model(seed: int, *, vocab_size: int = 128, num_layers: int = 3) -> Model:
+    """Return a small Llama with random weights, to test with."""
     args = ModelArgs(
         model_type="llama",
         vocab_size=vocab_size,
@@ -171,11 +322,19 @@ def random_model(seed: int, *, vocab_size: int = 128, num_layers: int = 3) -> Mo
         rope_theta=100.0,
         tie_word_embeddings=False,
     )
-    model = Model(args)
-    keys = iter(mx.random.split(mx.random.key(seed), 100))
+    return with_random_weights(Model(args), seed)
+
+
+def with_random_weights(model: M, seed: int) -> M:
+    """Give a model random weights, and return it.
+
+    They are large enough for every token of the input, and what every layer has cached of it, to
+    show in the output. An embedding that also makes the output would have the model echo its input.
+    """
+    keys = iter(mx.random.split(mx.random.key(seed), 200))
 
     def weights(name: str, array: mx.array) -> mx.array:
-        if array.ndim == 1:  # A norm's, which are 1.
+        if array.ndim == 1:  # A norm's, which are 1, for one.
             return array
         gain = 3.0 if "o_proj" in name or "lm_head" in name else 1.5
         scale = 1.0 if "embed" in name else gain * array.shape[1] ** -0.5

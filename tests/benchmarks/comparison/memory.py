@@ -154,10 +154,11 @@ def mlx_llama() -> tuple[Subject, Fill]:
     )
     mx.eval(model.parameters())
 
-    def fill(caches: Any, length: int) -> None:
-        for cache in caches:
-            keys, values = (mx.random.normal((1, HEADS, length, HEAD_SIZE)) for _ in range(2))
-            mx.eval(cache.update_and_fetch(keys, values))
+    def fill(cache: Any, length: int) -> None:
+        with cache.step(length):
+            for layer in cache.layers:
+                keys, values = (mx.random.normal((1, HEADS, length, HEAD_SIZE)) for _ in range(2))
+                mx.eval(layer.update_and_fetch(keys, values))
         mx.clear_cache()  # MLX keeps freed memory for itself, too
 
     return subjects.mlx(model), fill

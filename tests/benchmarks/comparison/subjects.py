@@ -135,7 +135,7 @@ def mlx(model: Any) -> Subject:
     engine = MLXEngine(model)
 
     def feed(caches: Any, tokens: Sequence[int]) -> tuple[Any, int]:
-        return caches, engine._feed(caches, tokens)
+        return caches, engine._feed(caches, tokens)[-1]
 
     return Subject(engine, engine.slots, feed, [(Model, "__call__")], mx.eval)
 
