@@ -1,4 +1,4 @@
-"""An engine over Hugging Face transformers: any causal LM with attention, a `DynamicCache` a session.
+"""An engine over Hugging Face transformers: any causal LM, a KV cache a session.
 
 pip install torch==2.13.0
 pip install transformers==5.23.0
@@ -9,18 +9,20 @@ pip install transformers==5.23.0
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from operator import index
-from typing import Any, cast
+from threading import Lock
+from typing import Any, TypeAlias, cast
 
 from inference_session import Session
-from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
-from inference_session.exceptions import SessionClosedError
+from inference_session.engine import TORN, BorrowedState, DecodeResult, PrefillResult, StateSlots
 
 
 try:
     import torch
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+    from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 except ModuleNotFoundError as error:
@@ -31,48 +33,166 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-# The KV cache, as plain functions
+# The KV cache of attention layers, as plain functions
 
-RAGGED = sys.maxsize
-"""The length of a cache whose layers do not agree: never what is expected, always worth a cut."""
+GROWING = {
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+"""Kinds of layers whose keys and values grow by a token each, until a window is full."""
 
 
-def length(cache: DynamicCache) -> int:
-    """Return how many tokens all layers cover, or `RAGGED`; `get_seq_length()` asks one of them."""
-    lengths = {_layer_length(cast("DynamicLayer", layer)) for layer in cache.layers}
-    return lengths.pop() if len(lengths) == 1 else RAGGED
+def layers(cache: Cache) -> list[Any]:
+    """Return the layers of a cache: those of attention have a length, recurrent ones states."""
+    return cast("list[Any]", cache.layers)
 
 
-def _layer_length(layer: DynamicLayer) -> int:
+def length(kv: Cache | CountedCache) -> int:
+    """Return how many tokens all layers cover, or `TORN`; `get_seq_length()` asks one of them."""
+    lengths: set[int] = set()
+    if isinstance(kv, CountedCache):
+        lengths, kv = {kv.count}, kv.cache
+    lengths |= {_length(layer) for layer in layers(kv) if hasattr(layer, "get_seq_length")}
+    return max(lengths, default=0) if len(lengths) < 2 else TORN
+
+
+def _length(layer: Any) -> int:
     keys, values = layer.keys, layer.values  # (1, heads, tokens, head size)
     if keys is None or values is None:
         return 0  # Never fed.
-    if keys.shape[:-1] != values.shape[:-1] or len(keys) != 1:
-        return RAGGED  # Torn between the two, or more than one sequence.
-    return layer.get_seq_length()
+    if keys.shape[:-1] != values.shape[:-1] or (keys.ndim > 1 and len(keys) != 1):
+        return TORN  # Between the two; or it holds more than one sequence.
+    return int(layer.get_seq_length())
 
 
-def truncate(cache: DynamicCache, length: int) -> DynamicCache:
-    """Keep the first `length` tokens: every layer gives up what it has too much.
+def cut(cache: Cache, kept: int) -> bool:
+    """Keep so many tokens in all layers, at least one; return False if the cache is of no use then.
 
-    `crop` gets a negative number, of tokens to give up. A positive one, of tokens to keep, is for
-    transformers 4 only; and 0 asks for nothing, but means "keep none" there.
+    So it is where tokens slid out of a window, and for kinds of layers that nothing is known of.
     """
-    for layer in cast("list[DynamicLayer]", cache.layers):
-        excess = layer.get_seq_length() - length
-        if excess > 0:
-            layer.crop(-excess)
-    return cache
+    return all(_cut(layer, kept) for layer in layers(cache))
 
 
-def nbytes(cache: DynamicCache) -> int:
-    """Return the bytes that a cache keeps alive: a cropped tensor is a view of all that it was."""
-    layers = cast("list[DynamicLayer]", cache.layers)
-    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+def _cut(layer: Any, kept: int) -> bool:
+    kind = type(layer).__name__
+    if kind == "StaticLayer" and hasattr(layer, "cumulative_length"):  # Not in transformers 4.
+        layer.cumulative_length.fill_(kept)  # What is behind is masked, and written over.
+        return True
+    if kind in GROWING:
+        return _shorten(layer, kept)
+    return kind in {"DummyLayer", "LinearAttentionLayer"}  # Which have nothing to be cut.
+
+
+def _shorten(layer: DynamicLayer, kept: int) -> bool:
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        if layer.cumulative_length == kept:  # It is set before anything else changes.
+            return True
+        if layer.cumulative_length >= layer.sliding_window:
+            return False
+        layer.cumulative_length = kept
+    keys, values = layer.keys, layer.values
+    if keys is None or values is None or min(keys.shape[-2], values.shape[-2]) < kept:
+        return False
+    layer.keys, layer.values = keys[..., :kept, :], values[..., :kept, :]
+    return True
+
+
+def nbytes(kv: Cache | CountedCache) -> int:
+    """Return the bytes that a cache keeps alive: a cut tensor is a view of all that it was."""
+    held: list[object] = []
+    if isinstance(kv, CountedCache):
+        held, kv = [kv.checkpoints], kv.cache
+    held += map(vars, layers(kv))
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors(held))
+
+
+def tensors(held: object) -> Iterator[torch.Tensor]:
+    """Go through all tensors in nested lists, tuples and dicts."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, dict):
+        yield from tensors(list(cast("dict[object, object]", held).values()))
+    elif isinstance(held, list | tuple):
+        for part in cast("Sequence[object]", held):
+            yield from tensors(part)
+
+
+# The KV cache of recurrent layers
+
+
+class CountedCache:
+    """A cache with recurrent layers, whose states neither tell what they cover nor give it up.
+
+    So the tokens are counted beside them. Copies of the states, which are small, are checkpoints
+    to go back to; attention layers are cut to the same length.
+    """
+
+    EVERY = 32
+    """Decoded tokens from one checkpoint to the next."""
+
+    def __init__(self, cache: Cache, *, checkpoints: int) -> None:
+        """Count what `cache`, which is empty, is fed, and keep at most so many checkpoints."""
+        self.cache = cache
+        self.count = 0  # TORN while the model runs, and from then on if it fails.
+        self.checkpoints: dict[int, list[torch.Tensor]] = {}  # By how many tokens they cover.
+        self._most = checkpoints
+        self._last_fed = 1
+
+    @contextmanager
+    def feed(self, tokens: int) -> Generator[Cache]:
+        """Give the cache to the model, which is fed so many tokens."""
+        count, self.count = self._checkpoint(tokens), TORN
+        yield self.cache
+        if count != TORN:
+            self.count = count + tokens
+
+    def cut(self, most: int) -> bool:
+        """Keep as many of the first tokens as there is a checkpoint of; return False if none."""
+        kept = length(self)
+        if kept > most:  # Also if it is TORN.
+            kept = max((at for at in self.checkpoints if at <= most), default=0)
+        if not kept or not cut(self.cache, kept):
+            return False
+        if kept in self.checkpoints:
+            for state, saved in zip(self._states(), self.checkpoints[kept], strict=True):
+                state.copy_(saved)
+        self.count = kept
+        self.checkpoints = {at: saved for at, saved in self.checkpoints.items() if at <= kept}
+        return True
+
+    def _checkpoint(self, tokens: int) -> int:
+        """Copy the states if what comes next, or came last, is likely to be taken back."""
+        since = self.count - max(self.checkpoints, default=0)
+        if 0 < self.count < TORN and self._most:
+            if max(tokens, self._last_fed) > 1 or since >= self.EVERY:
+                self.checkpoints[self.count] = [state.clone() for state in self._states()]
+            if len(self.checkpoints) > self._most:  # Dense near the end, sparse far from it.
+                at = [0, *sorted(self.checkpoints)]
+                gaps = zip(at, at[1:], at[2:], strict=False)
+                gap = min(gaps, key=lambda gap: (gap[2] - gap[0]) / (self.count - gap[0]))
+                del self.checkpoints[gap[1]]
+        self._last_fed = tokens
+        return self.count
+
+    def _states(self) -> Iterator[torch.Tensor]:
+        for layer in filter(is_recurrent, layers(self.cache)):
+            yield from tensors([layer.conv_states, layer.recurrent_states])
+
+
+def is_recurrent(layer: object) -> bool:
+    """Return whether a layer has recurrent states, alone or beside its attention."""
+    return hasattr(layer, "recurrent_states")
+
+
+KV: TypeAlias = Cache | CountedCache
 
 
 # The engine
+
+FORGETFUL = frozenset({"falcon_mamba", "jamba", "mamba", "zamba"})
+"""Models that forget their state if fed several tokens at once, in transformers 5.23.0."""
 
 
 class TransformersEngine:
@@ -83,46 +203,84 @@ class TransformersEngine:
     The errors of `StateSlots.borrow` come from all of them.
     """
 
-    def __init__(self, model: PreTrainedModel, *, chunk: int = 256) -> None:
-        """Serve `model`; at most `chunk` tokens go through it at once."""
-        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-        if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:  # A state that has no length.
-            names = ", ".join(sorted(kind.__name__ for kind in kinds))
-            raise ValueError(f"only attention can tell what its KV cache covers; this has {names}")
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        chunk: int = 256,
+        cache: Callable[[], Cache] | None = None,
+        checkpoints: int = 8,
+    ) -> None:
+        """Serve `model`; at most `chunk` tokens go through it at once.
+
+        Two kinds of models are an exception. Mamba, Falcon-Mamba, Jamba and Zamba lose their state
+        when they are fed several tokens: they get a new prompt whole, and all else token by token.
+        LongRoPE (Phi-3) rotates all keys otherwise once there are more tokens than the model was
+        first trained for: then all these go through it at once.
+
+        Args:
+            model: any causal language model whose whole state is in its KV cache.
+            chunk: the most tokens of a part.
+            cache: returns a new KV cache; by default, `DynamicCache(config=model.config)`.
+            checkpoints: how many copies of its recurrent states a session may keep.
+
+        Raises:
+            ValueError: if the model keeps its state elsewhere.
+        """
+        config = model.config.get_text_config()
         self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
         self.chunk = chunk
+        self.checkpoints = checkpoints
+        self._new_cache = cache or (lambda: DynamicCache(config=model.config))
+        kinds = layers(self._new_cache())
+        self._recurrent = any(map(is_recurrent, kinds))
+        self._attention = any(hasattr(layer, "get_seq_length") for layer in kinds) or not kinds
+        stateful = {"conv", "linear_attention"}.intersection(
+            getattr(config, "layer_types", None) or ()
+        )
+        if (stateful or getattr(model, "_is_stateful", False)) and not self._recurrent:
+            raise ValueError(
+                f"{config.model_type} models keep a state where it can't be counted; "
+                "transformers 5.23.0 keeps that of more models in their cache"
+            )
+        self._forgetful = config.model_type in FORGETFUL
+        self._rope_limit = _longrope_limit(config)
+        # The factors are in the model, which is not to be told of others before it is through.
+        self._lock: AbstractContextManager[object] = (
+            nullcontext() if self._rope_limit is None else Lock()
+        )
+        parameters = signature(model.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
+        fixed = [layer.max_cache_len for layer in kinds if type(layer).__name__ == "StaticLayer"]
+        self._most = min([self._config("max_position_embeddings"), *fixed])
         self.slots = StateSlots(
-            create=lambda: DynamicCache(config=model.config),
-            length=length,
-            # What has slid out of a window is gone: such a cache is computed anew.
-            truncate=truncate if kinds == {DynamicLayer} else None,
-            nbytes=nbytes,
+            create=self._create, length=length, truncate=self._truncate, nbytes=nbytes
         )
 
     def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
         """Add tokens, and feed all but the last; `ValueError` if the model cannot take them."""
         new = self._check(tokens)
-        with self.slots.borrow(session) as state:
+        with self.borrow(session, len(new)) as state:
             state.append(new)
             self._check_room(state, 0)
-            self._feed_all_but_last(session, state)
+            self.feed_all_but_last(state)
         return PrefillResult(tokens_processed=len(new))
 
     def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
         """Make `tokens` the whole history; return how many of them the KV cache had already."""
         history = self._check(tokens)
-        with self.slots.borrow(session) as state:
+        with self.slots.borrow(session, key=self._key(len(history))) as state:
             reused = state.reuse_prefix(history)
             self._check_room(state, 0)
-            self._feed_all_but_last(session, state)
+            self.feed_all_but_last(state)
         return reused
 
     def decode(self, session: Session, /) -> DecodeResult:
         """Add the likeliest token; `ValueError` if the session is empty or its context full."""
-        with self.slots.borrow(session) as state:
+        with self.borrow(session) as state:
             self._check_room(state, 1)
-            self._feed_all_but_last(session, state)
-            token = int(self._feed(state, state.pending).argmax())
+            self.feed_all_but_last(state)
+            token = int(self.feed(state, state.pending)[-1].argmax())
             state.append([token])
         return DecodeResult(token=token)
 
@@ -130,43 +288,94 @@ class TransformersEngine:
         """Add what `model.generate` makes of the session, all of it or nothing, and return it.
 
         `options` go to `model.generate`; it must follow one sequence only, not several beams.
+
+        Raises:
+            ValueError: also if the model has no attention layers, as `model.generate` cannot go on
+                from its cache; or if it would cross the limit of LongRoPE. Then use `decode`.
         """
-        with self.slots.borrow(session) as state:
+        with self.borrow(session) as state:
             self._check_room(state, max_new_tokens)
-            self._feed_all_but_last(session, state)
+            self._check_generate(len(state.token_history), max_new_tokens)
+            self.feed_all_but_last(state)
             history = torch.tensor([state.token_history[:]], device=self.model.device)
-            sequences = cast("Any", self.model).generate(
-                history,
-                attention_mask=torch.ones_like(history),
-                past_key_values=state.kv_cache,
-                max_new_tokens=max_new_tokens,
-                **options,
-            )
+            with self._lock, feeding(state.kv_cache, max_new_tokens) as cache:
+                sequences = cast("Any", self.model).generate(
+                    history,
+                    attention_mask=torch.ones_like(history),
+                    past_key_values=cache,
+                    max_new_tokens=max_new_tokens,
+                    **options,
+                )
             new: list[int] = sequences[0, history.shape[1] :].tolist()
+            if isinstance(state.kv_cache, CountedCache):
+                state.kv_cache.count -= max_new_tokens - len(new)  # It stopped early.
             state.append(new)
             state.advance(len(new))  # What was pending and all new ones but the last were fed.
         return new
 
-    def _feed_all_but_last(self, session: Session, state: BorrowedState[DynamicCache]) -> None:
-        if not state.pending:
-            state.rewind(len(state.token_history))  # Forgets no token, but uncovers one.
-        while len(pending := state.pending) > 1:
-            if session.closed:  # Nobody waits for the rest.
-                raise SessionClosedError(session.id)
-            self._feed(state, pending[: min(self.chunk, len(pending) - 1)])
+    @contextmanager
+    def borrow(self, session: Session, more: int = 0) -> Generator[BorrowedState[KV]]:
+        """Borrow a session that will have `more` tokens than now, under the key for its length."""
+        while True:
+            key = self._key(session.token_count + more)
+            with self.slots.borrow(session, key=key) as state:
+                if self._key(len(state.token_history) + more) == key:  # Nobody came in between.
+                    yield state
+                    return
+
+    def feed_all_but_last(self, state: BorrowedState[KV]) -> None:
+        """Feed all that is pending but the last token, which what comes next is computed from."""
+        parts = state.chunks(self.chunk)
+        if size := self._undivided(state):
+            if size >= len(state.pending):
+                return  # The last token has to go with them.
+            self.feed(state, next(state.chunks(size)))
+        for part in parts:
+            self.feed(state, part)
 
     @torch.no_grad()
-    def _feed(self, state: BorrowedState[DynamicCache], tokens: Sequence[int]) -> torch.Tensor:
-        """Feed the next pending tokens; return the logits (vocabulary size,) after the last."""
-        output = self.model(
-            input_ids=torch.tensor([tokens], device=self.model.device),
-            past_key_values=state.kv_cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    def feed(
+        self, state: BorrowedState[KV], tokens: Sequence[int], *, logits: int = 1
+    ) -> torch.Tensor:
+        """Feed the next pending tokens.
+
+        Returns:
+            The logits after each of the last so many tokens, (logits, vocabulary size).
+        """
+        if self._forgetful and state.kv_length and len(tokens) > 1:
+            return torch.cat([self.feed(state, [token]) for token in tokens])[-logits:]
+        with self._lock, feeding(state.kv_cache, len(tokens)) as cache:
+            output = self.model(
+                input_ids=torch.tensor([tokens], device=self.model.device),
+                use_cache=True,
+                logits_to_keep=logits,
+                **{self._cache_name: cache},
+            )
         state.advance(len(tokens))
-        logits: torch.Tensor = output.logits[0, -1]
-        return logits
+        after: torch.Tensor = output.logits[0, -logits:]
+        return after
+
+    def _undivided(self, state: BorrowedState[KV]) -> int:
+        """Return how many tokens must go through the model together next, or 0."""
+        count, covered = len(state.token_history), state.kv_length
+        if self._forgetful and not covered:
+            return max(count - 1, 0)
+        if self._rope_limit is not None and covered <= self._rope_limit < count:
+            return self._rope_limit + 1 - covered
+        return 0
+
+    def _create(self) -> KV:
+        cache = self._new_cache()
+        return CountedCache(cache, checkpoints=self.checkpoints) if self._recurrent else cache
+
+    def _truncate(self, kv: KV, most: int) -> KV:
+        most = min(most, length(kv))
+        if most and (kv.cut(most) if isinstance(kv, CountedCache) else cut(kv, most)):
+            return kv
+        return self._create()
+
+    def _key(self, count: int) -> str:
+        return "long" if self._rope_limit is not None and count > self._rope_limit else ""
 
     def _check(self, tokens: Sequence[int]) -> list[int]:
         ids = [index(token) for token in tokens]
@@ -176,15 +385,39 @@ class TransformersEngine:
                 raise ValueError(f"token {place} (from 0) is not in the vocabulary of {size}")
         return ids
 
-    def _check_room(self, state: BorrowedState[DynamicCache], new_tokens: int) -> None:
-        count, most = len(state.token_history), self._config("max_position_embeddings")
+    def _check_room(self, state: BorrowedState[KV], new_tokens: int) -> None:
+        count = len(state.token_history)
         if new_tokens and not count:
             raise ValueError("nothing to decode from: the session is empty, prefill it first")
-        if count + new_tokens > most:
-            raise ValueError(f"{count + new_tokens} tokens do not fit in a context of {most}")
+        if count + new_tokens > self._most:
+            raise ValueError(f"{count + new_tokens} tokens do not fit in a context of {self._most}")
+
+    def _check_generate(self, count: int, new_tokens: int) -> None:
+        if not self._attention:
+            raise ValueError("model.generate needs attention layers to go on from a cache: decode")
+        limit = self._rope_limit
+        if limit is not None and count < limit + 2 and count + new_tokens > limit + 1:
+            raise ValueError(
+                f"model.generate drops the cache when its keys change after {limit} tokens: "
+                f"decode from {count} to {limit + 2}"
+            )
 
     def _config(self, name: str) -> int:
         return int(getattr(self.model.config.get_text_config(), name, sys.maxsize))
+
+
+def feeding(kv: KV, tokens: int) -> AbstractContextManager[Cache]:
+    """Give the cache to the model, which is fed so many tokens."""
+    return kv.feed(tokens) if isinstance(kv, CountedCache) else nullcontext(kv)
+
+
+def _longrope_limit(config: Any) -> int | None:
+    """Return the number of tokens beyond which the keys of all of them change, if they do."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if rope is None or "longrope" not in {rope.get("rope_type"), rope.get("type")}:
+        return None
+    name = "original_max_position_embeddings"
+    return int(rope.get(name) or getattr(config, name))
 
 
 @torch.no_grad()

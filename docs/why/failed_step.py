@@ -11,6 +11,7 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
@@ -87,7 +88,8 @@ def with_a_session() -> None:
         with suppress(MemoryError), no_memory_in_the_third_layer():
             engine.prefill(session, TOO_MUCH)
         with engine.slots.borrow(session) as state:
-            cache, tokens = covered(state.kv_cache), len(state.token_history)
+            cache = covered(cast("DynamicCache", state.kv_cache))
+            tokens = len(state.token_history)
         # The last token of a session waits for the next step.
         print(f"  the layers cover {cache} tokens, of {tokens} in the session")
         engine.prefill(session, [NEXT])
