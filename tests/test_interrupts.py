@@ -177,7 +177,7 @@ class Story(Generic[KV]):
         self.other = Session()
         self.step = 0
 
-    def run(self) -> None:
+    def run(self) -> None:  # noqa: PLR0915 it is all there is
         """Tell it all."""
         slots, feed, one, other = self.slots, self.feed, self.one, self.other
         with slots.borrow(one) as state:
