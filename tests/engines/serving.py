@@ -93,15 +93,19 @@ class Serving:
             assert look(engine, session) == (tokens, len(tokens) - 1)
             assert decode(engine, session, 15) == answer(engine, tokens, 15)
         # The last token of the old history was pending, so it was not there to be reused.
-        assert reused == min(common, len(old) - 1)
+        self.check_reused(reused, min(common, len(old) - 1))
 
     def test_prompt_that_is_the_whole_history(self, engine: EngineWithSlots) -> None:
         """Asked again for what it has, a session keeps the cache and still has something to decode."""
         with Session() as session:
             engine.prefill(session, PROMPT)
             first = decode(engine, session, 10)
-            assert engine.prompt(session, PROMPT) == len(PROMPT) - 1
+            self.check_reused(engine.prompt(session, PROMPT), len(PROMPT) - 1)
             assert decode(engine, session, 10) == first
+
+    def check_reused(self, reused: int, common: int) -> None:
+        """Require that of the tokens in common as many were reused as the engine can."""
+        assert reused == common
 
     @pytest.mark.parametrize("pending", [0, 1, 7])
     def test_rewind_is_a_fresh_session(self, engine: EngineWithSlots, pending: int) -> None:
