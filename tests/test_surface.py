@@ -4,6 +4,8 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import pydoc
+import re
 import subprocess
 import sys
 from importlib.metadata import metadata, requires
@@ -92,6 +94,19 @@ def test_modules_are_documented(name: str) -> None:
         for member, value in vars(documented).items():
             if not member.startswith("_") and (callable(value) or isinstance(value, property)):
                 assert inspect.getdoc(value), f"{public}.{member}"
+
+
+@public_modules
+def test_help_shows_what_users_pass(name: str) -> None:
+    """`help` shows no private arguments, whether of calls, of patterns or by what stands for a default."""
+    for public in SURFACE[name]:
+        documented: object = getattr(importlib.import_module(name), public)
+        if not inspect.isclass(documented):
+            continue
+        assert not [field for field in getattr(documented, "__match_args__", ()) if field[0] == "_"]
+        shown = pydoc.plain(pydoc.render_doc(documented))
+        for arguments in re.findall(r"^ \|  [\w. =]+\((.*)\)", shown, re.MULTILINE):
+            assert not re.search(r"\b_[a-z]|args: Never|getpid| at 0x", arguments), arguments
 
 
 def test_star_import() -> None:

@@ -12,7 +12,7 @@ from attrs import define, field
 
 from inference_session import _fork
 from inference_session._lease import Lease, LeasedBlock, expired, nobody, replace
-from inference_session._never_copied import NeverCopied
+from inference_session._never_copied import NeverCopied, shown_without_arguments
 from inference_session._session import NO_CACHE, CacheFunctions, Session
 from inference_session._slot import Slot
 from inference_session._tokens import (
@@ -52,7 +52,7 @@ _running: bool | None = True
 
 
 @final
-@define(eq=False, repr=False, init=False, getstate_setstate=False)
+@define(eq=False, repr=False, init=False, match_args=False, getstate_setstate=False)
 class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
     """The tokens and the KV cache of one session, for the length of one `with` block.
 
@@ -74,6 +74,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         "as it is valid for one `with` block only: borrow the session where you need its state"
     )
 
+    @shown_without_arguments
     def __init__(self, session: Session, slots: CacheFunctions[KV], key: str) -> None:
         self._lease = self._exit = nobody
         self._hold = None

@@ -1,8 +1,21 @@
 """What holds a conversation's state, or a way to it, is never copied, and shows nothing of it."""
 
-from typing import ClassVar, Never, NoReturn, Protocol, SupportsIndex
+from collections.abc import Callable
+from inspect import Parameter, Signature
+from typing import ClassVar, Final, Never, NoReturn, Protocol, SupportsIndex, TypeVar
 
 from attrs import define, field, fields
+
+
+Method = TypeVar("Method", bound=Callable[..., None])
+
+_SELF_ALONE: Final = Signature([Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)])
+
+
+def shown_without_arguments(method: Method) -> Method:
+    """Show a method in `help` without its arguments, which only the library itself passes."""
+    setattr(method, "__signature__", _SELF_ALONE)  # noqa: B010 it isn't declared
+    return method
 
 
 @define
@@ -62,3 +75,5 @@ class NeverCopied:
         if "__attrs_attrs__" in vars(cls):  # attrs makes the class twice; this is the second one
             fields_and_one = (*fields(_Unreadable), *vars(cls)["__attrs_attrs__"])
             setattr(cls, "__attrs_attrs__", fields_and_one)  # noqa: B010 it isn't declared
+            if "__attrs_init__" in vars(cls):  # `help` would show private fields as its arguments
+                delattr(cls, "__attrs_init__")

@@ -31,7 +31,14 @@ from inference_session.exceptions import (
 
 
 _log: Final = logging.getLogger("inference_session")
-_ALL: Final[Any] = object()
+
+
+class _All:
+    def __repr__(self) -> str:
+        return "<all>"  # as `help` shows it
+
+
+_ALL: Final[Any] = _All()
 
 
 @define(eq=False, repr=False)
@@ -98,7 +105,7 @@ class _Entry(_Link):
 
 
 @final
-@define(eq=False, repr=False, init=False, getstate_setstate=False)
+@define(eq=False, repr=False, init=False, match_args=False, getstate_setstate=False)
 class SessionRegistry(NeverCopied):
     """The open sessions of a process by their ids, and limits to how many there are and what they hold.
 

@@ -12,7 +12,7 @@ from attrs import define, field
 
 from inference_session import _fork
 from inference_session._lease import Lease, expired, nobody, replace, take
-from inference_session._never_copied import NeverCopied
+from inference_session._never_copied import NeverCopied, shown_without_arguments
 from inference_session._slot import NO_VALUES, Values
 from inference_session._tokens import NO_TOKENS, Ids
 from inference_session.exceptions import BorrowExpiredError
@@ -66,7 +66,7 @@ class Observer(Protocol):
 
 
 @final
-@define(eq=False, repr=False, init=False, getstate_setstate=False)
+@define(eq=False, repr=False, init=False, match_args=False, getstate_setstate=False)
 class Session(NeverCopied):
     """One conversation's state in an inference engine: an identity, and private slots for the engine.
 
@@ -118,6 +118,7 @@ class Session(NeverCopied):
         "send session.id instead, or feed the same tokens to a new session"
     )
 
+    @shown_without_arguments
     def __init__(self, *args: Never, **kwargs: Never) -> None:
         if args or kwargs:  # attrs.evolve comes here, too
             raise TypeError(
@@ -356,6 +357,7 @@ class Session(NeverCopied):
         """Return what gives a KV cache back; none does in a forked child, where they are the parent's."""
         return None if slots is None or self._pid != getpid() else slots.release
 
+    @shown_without_arguments
     def __del__(
         self, getpid: Callable[[], int] = getpid, warn: Callable[..., None] = warnings.warn
     ) -> None:

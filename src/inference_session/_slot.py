@@ -17,7 +17,7 @@ def _is_callable(slot: object, attribute: "Attribute[Any]", factory: object) -> 
 
 
 @final
-@frozen(eq=False, repr=False, getstate_setstate=False)
+@frozen(eq=False, repr=False, match_args=False, getstate_setstate=False)
 class Slot(NeverCopied, Generic[T]):
     """A typed key for one more value in the state of each session, beside the KV cache and the tokens.
 
