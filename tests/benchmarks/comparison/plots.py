@@ -36,6 +36,9 @@ STYLE: Any = {
 }
 
 
+WIDTH = 4.8
+"""In inches: on a phone, whose screen is a little narrower, the type stays legible."""
+
 Colours = dict[str, str]
 End = tuple[float, float, str]
 """A line's last point, and its colour."""
@@ -72,7 +75,7 @@ def to_svg(figure: Figure) -> str:
 
 def bookkeeping(records: Sequence[Record], colours: Colours) -> Figure:
     """Draw shares of a step as dots in a row for each engine."""
-    figure = Figure((7.2, 0.6 + 0.42 * len(records)))
+    figure = Figure((WIDTH, 0.6 + 0.42 * len(records)))
     axes = figure.subplots()
     for row, record in enumerate(records):
         shares = {
@@ -84,13 +87,13 @@ def bookkeeping(records: Sequence[Record], colours: Colours) -> Figure:
         axes.plot(shares["session"], row, "o", color=colours["session"], markersize=7)
         labels = {name: f"{share:.2g} %" for name, share in shares.items()}
         if row == 0:
-            labels["session"] = f"the session, {labels['session']}"
-            labels["engine"] += ", with the engine's own checks"
+            labels["session"] = f"session {labels['session']}"
+            labels["engine"] += " engine"
         low, high = sorted(shares, key=shares.__getitem__)
         for name, shift in ((low, -8), (high, 8)):
             colour = colours["session" if name == "session" else "first"]
             beside(axes, labels[name], (shares[name], row), shift, colour)
-    axes.set_yticks(range(len(records)), [f"{r['engine']}, {r['model']}" for r in records])
+    axes.set_yticks(range(len(records)), [f"{r['engine']},\n{r['model']}" for r in records])
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(0.003, 100)
@@ -104,13 +107,13 @@ def bookkeeping(records: Sequence[Record], colours: Colours) -> Figure:
 
 def prefix(records: Sequence[Record], colours: Colours) -> Figure:
     """Draw a panel for each place of the first token that differs."""
-    figure = Figure((7.2, 3.0))
+    figure = Figure((WIDTH, 6.0))
     places = {
         "start": "differs after 8 tokens",
         "middle": "differs half-way",
         "end": "differs 8 before the end",
     }
-    panels = figure.subplots(1, len(places), sharey=True)
+    panels = figure.subplots(len(places), sharex=True, sharey=True)
     lines = {
         ("mlx-lm", "list"): ("mlx-lm", colours["second"], "-"),
         ("llama-cpp-python", "list"): ("llama-cpp-python", colours["first"], "-"),
@@ -129,16 +132,16 @@ def prefix(records: Sequence[Record], colours: Colours) -> Figure:
             last = line(axes, points, colour, style)
             if place == "end":
                 ends[label] = last
-        scale(axes, "tokens")
+        scale(axes, "tokens" if place == "end" else "")
     label_ends(panels[-1], ends)
-    panels[0].set_ylabel("time to find and keep\nwhat is cached")
+    figure.supylabel("time to find and keep what is cached", fontsize=9)
     return figure
 
 
 def growth(records: Sequence[Record], colours: Colours) -> Figure:
     """Draw a panel for each thing that grows."""
-    figure = Figure((7.2, 3.4))
-    panels = figure.subplots(1, 2, sharey=True)
+    figure = Figure((WIDTH, 6.0))
+    panels = figure.subplots(2, sharey=True)
     calls = {
         "reuse_prefix": colours["first"],
         "rewind": colours["third"],
@@ -172,7 +175,7 @@ def memory(records: Sequence[Record], colours: Colours) -> Figure:
     """Draw a bar for each library and way, for the longest history."""
     longest = max(record["tokens"] for record in records)
     rows = [record for record in records if record["tokens"] == longest]
-    figure = Figure((7.2, 0.7 + 0.34 * len(rows)))
+    figure = Figure((WIDTH, 0.7 + 0.34 * len(rows)))
     axes = figure.subplots()
     names = {
         "deepcopy": "copy.deepcopy",
@@ -190,17 +193,17 @@ def memory(records: Sequence[Record], colours: Colours) -> Figure:
     axes.invert_yaxis()
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_xlim(0, 1.45)
+    axes.set_xlim(0, 2.1)
     axes.set_xticks([0, 0.5, 1])
-    axes.set_xlabel(f"most memory taken to go on, in sizes of the KV cache, at {longest:,} tokens")
+    axes.set_xlabel(f"most memory taken to go on, in KV caches of {longest:,} tokens")
     return figure
 
 
 def recovery(records: Sequence[Record], colours: Colours) -> Figure:
     """Draw a panel for each engine."""
     engines = list(dict.fromkeys(record["engine"] for record in records))
-    figure = Figure((7.2, 2.8))
-    panels = figure.subplots(1, len(engines), sharey=True)
+    figure = Figure((WIDTH, 2.2 * len(engines)))
+    panels = figure.subplots(len(engines), sharex=True, sharey=True)
     ways = {True: ("with truncate", colours["session"]), False: ("without", colours["first"])}
     for axes, engine in zip(panels, engines, strict=True):
         axes.set_title(engine)
@@ -212,11 +215,11 @@ def recovery(records: Sequence[Record], colours: Colours) -> Figure:
                 if (r["engine"], r["truncate"]) == (engine, truncate)
             ]
             ends[label] = line(axes, points, colour, "-")
-        scale(axes, "tokens in the history")
+        scale(axes, "tokens in the history" if engine == engines[-1] else "")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_ylim(bottom=0.5)
         label_ends(axes, ends)
-    panels[0].set_ylabel("time from the failure\nto the next right token, in steps")
+    figure.supylabel("time from the failure to the next right token, in steps", fontsize=9)
     return figure
 
 

@@ -220,8 +220,8 @@ def growth(records: Sequence[Record]) -> Section:
             )
             for by in counts
         ),
-        how="""On the left, one session with a growing history, and the calls in one borrow (a borrow by itself
-for `borrow`; a rewind by one token with all that puts it back). On the right, sessions of ten tokens, visited
+        how="""Above, one session with a growing history, and the calls in one borrow (a borrow by itself
+for `borrow`; a rewind by one token with all that puts it back). Below, sessions of ten tokens, visited
 at random, each in a borrow of its own with one call in it; the garbage collector is told not to look at them.
 The KV cache is a list in place of a real one. CPU time, a tenth percentile of rounds that take turns.""",
     )
