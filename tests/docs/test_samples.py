@@ -21,6 +21,9 @@ UNRUN = re.compile(
 LANGUAGES = {"python", "console", "json", "python-console", "rust", "sh", "text", "toml"}
 """What a sample may be in. `python` is run, and nothing else is Python by another name."""
 
+FIRST_READ = ["README.md", "docs/tutorial.md", "docs/concepts.md"]
+"""Pages that are read on phones, before anybody has installed anything. The README heads the site, too."""
+
 
 def as_id(path: Path) -> str:
     """Return what to call a file in the names of tests."""
@@ -53,6 +56,20 @@ def test_every_sample_is_run(page: Path) -> None:
     seen = list(samples.markdown.parse(page).examples())
     invisible = page.read_text("utf-8").count("invisible-code-block: python")
     assert len(seen) == fences(page).count("python") + invisible
+
+
+@pytest.mark.parametrize("page", FIRST_READ)
+def test_comments_fit_a_phone(page: str) -> None:
+    """On the pages read first, comments stand above the code, and are short."""
+    lines = [
+        line
+        for token in MarkdownIt().parse((ROOT / page).read_text("utf-8"))
+        if token.type == "fence" and token.info == "python" and ">>> " not in token.content
+        for line in token.content.splitlines()
+    ]
+    assert lines
+    assert not [line for line in lines if "  # " in line.lstrip()]
+    assert not [line for line in lines if line.lstrip().startswith("#") and len(line) > 60]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=as_id)
