@@ -1,63 +1,95 @@
 """Configuration of the documentation."""
 
+import pkgutil
 import sys
-from importlib.metadata import version as version_of
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import cast
 
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.errors import SphinxError
 from sphinx.ext.napoleon.docstring import GoogleDocstring
+from sphinx.pycode import ModuleAnalyzer
+
+import inference_session
 
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from docs import errors, picture  # noqa: E402
+from docs import errors, links, picture  # noqa: E402
 
 
 project = "inference-session"
+about = metadata(project)
 author = "The inference-session authors"
 copyright = f"2026, {author}"  # noqa: A001
-release = version = version_of(project)
+release = version = about["Version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.intersphinx"]
 exclude_patterns = ["_build"]
 
-# Docstrings write `code` as Markdown does.
-default_role = "code"
+# Docstrings write `code` as Markdown does: see `links`.
+default_role = "name"
 
 # The order of the source is the order of importance.
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 
-# A build must not need the network, so there is nothing to link the standard library to.
+# A build must not need the network, so what is linked of the standard library is listed in a file.
+intersphinx_mapping = {"python": ("https://docs.python.org/3", "python.inv")}
 nitpick_ignore_regex = [
-    (r"py:.*", r"(builtins|collections|contextlib|types|typing|unittest|uuid)\..*"),
-    (r"py:class", r"_pytest\..*"),
-    (r"py:class", r"int|str|object|bool|None|UUID|Exception|(.*\.)?(KV|T)"),
-    (r"py:(class|exc)", r"(Memory|Runtime|Type|Value)Error"),
-    (r"py:obj", r".*\.(KV|T)"),
+    (r"py:class", r"_pytest\..*|.*\.(KV|T)"),
 ]
 
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+myst_html_meta = {"description": about["Summary"]}
+
+PUBLISHED = "https://inference-session.readthedocs.io/en/stable/"
 
 html_theme = "furo"
 html_title = f"{project} {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
+html_theme_options = {"top_of_page_buttons": list[str]()}
+pygments_dark_style = "github-dark"  # the theme's own underlines what is imported
 
 
 def setup(app: Sphinx) -> None:
-    """Write what is written by programs, and turn the docstrings' "Raises:" and the like into fields.
-
-    The napoleon extension would do so, too, but takes what precedes a colon in an attribute's docstring for its type.
-    """
+    """Write what is written by programs, and mend what Sphinx and its extensions make of the sources."""
+    links.setup(app)
+    app.connect("builder-inited", _find_order)
     app.connect("autodoc-process-docstring", _convert_sections)
     app.connect("autodoc-process-bases", _show_public_bases)
+    app.connect("doctree-resolved", _stay_here)
+    app.connect("html-page-context", _hide_short_contents, priority=900)
     picture.draw(HERE / "_build" / "concepts.svg")
     errors.write(HERE / "_build" / "errors.md")
 
 
+def _find_order(*_: object) -> None:
+    """Let members be in the order of the source, though their modules only hand them on."""
+    modules = pkgutil.iter_modules(inference_session.__path__, "inference_session.")
+    private = [_analyzed(module.name) for module in modules if not module.ispkg]
+    for public in map(_analyzed, links.MODULES):
+        for source in private:
+            public.tagorder |= source.tagorder
+
+
+def _analyzed(module: str) -> ModuleAnalyzer:
+    analyzer = ModuleAnalyzer.for_module(module)  # the same object each time
+    analyzer.analyze()
+    return analyzer
+
+
 def _convert_sections(*event: object) -> None:
+    """Turn the docstrings' "Raises:" and the like into fields.
+
+    The napoleon extension would do so, too, but takes what precedes a colon in an attribute's docstring for its type.
+    """
     lines = cast("list[str]", event[-1])
     lines[:] = GoogleDocstring(lines).lines()
 
@@ -65,3 +97,20 @@ def _convert_sections(*event: object) -> None:
 def _show_public_bases(*event: object) -> None:
     bases = cast("list[type]", event[-1])
     bases[:] = [base.__base__ or base if base.__name__[0] == "_" else base for base in bases]
+
+
+def _stay_here(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Let the README's links to the published site lead to the same pages of this one."""
+    for link in doctree.findall(nodes.reference):
+        if link.get("refuri", "").startswith(PUBLISHED):
+            target = link["refuri"].removeprefix(PUBLISHED).removesuffix(".html")
+            if target not in app.env.found_docs:
+                raise SphinxError(f"{page} links to {link['refuri']}, which isn't a page")
+            link["refuri"] = app.builder.get_relative_uri(page, target)
+
+
+def _hide_short_contents(*event: object) -> None:
+    """Show no table of contents where it would have one entry."""
+    context = cast("dict[str, object]", event[3])
+    if str(context.get("toc", "")).count("<li>") <= 2:  # one of them is the page's own title
+        context["furo_hide_toc"] = True

@@ -1,4 +1,4 @@
-"""Writes the table of errors that heads the reference: when you get each, and when you don't, as its docstring says."""
+"""Writes the list of errors that heads the reference: when you get each, and when you don't, as its docstring says."""
 
 import inspect
 from pathlib import Path
@@ -17,10 +17,16 @@ def when(error: type[Exception]) -> tuple[str, str]:
 
 
 def write(path: Path) -> None:
-    """Write the table, the root of all errors first."""
-    lines = ["| error | means | you do *not* get it |", "| --- | --- | --- |"]
+    """Write the list, the root of all errors first."""
+    lines: list[str] = []
     for name in sorted(exceptions.__all__, key=lambda name: (name != "SessionError", name)):
         means, do_not = when(getattr(exceptions, name))
-        lines.append(f"| {{py:exc}}`~{exceptions.__name__}.{name}` | {means} | {do_not} |")
+        lines += [
+            f"{{py:exc}}`~{exceptions.__name__}.{name}`",
+            f": {means}",
+            "",
+            f"  {NOT} {do_not}",
+            "",
+        ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Draws the picture on the page of core concepts: what a session holds, call by call, in one decode step.
 
 The states are not told to it: it steps a real session and draws what it sees. Colours are the theme's, light or dark.
+There are two layouts, of which the site's style shows the one that fits the screen.
 """
 
 from collections.abc import Iterator
@@ -14,11 +15,6 @@ from inference_session import Session
 from inference_session.engine import BorrowedState, StateSlots
 
 
-WIDTH: Final = 760
-ROW: Final = 92
-TOP: Final = 54
-TOKENS_X: Final = 218
-TOKEN: Final = 48
 GAP: Final = 6
 
 INK: Final = "var(--color-foreground-primary, #222)"
@@ -73,80 +69,141 @@ def _feed(state: BorrowedState[list[int]], count: int) -> None:
     state.advance(count)
 
 
+@frozen
+class Layout:
+    """Where things are, in pixels, from a moment's top left corner on if they belong to one."""
+
+    name: str
+    width: int
+    top: int
+    """Where the first moment is."""
+    row: int
+    """From one moment to the next."""
+    tokens_x: int
+    token: int
+    """The width of a token."""
+    comment: tuple[int, int]
+    numbers: tuple[tuple[int, int], tuple[int, int]]
+    heading: int
+    arrow_x: int
+
+    def x(self, position: int) -> int:
+        """Return where a token begins."""
+        return self.tokens_x + position * (self.token + GAP)
+
+
+WIDE: Final = Layout(
+    name="wide",
+    width=760,
+    top=54,
+    row=92,
+    tokens_x=218,
+    token=48,
+    comment=(0, 38),
+    numbers=((552, 19), (552, 38)),
+    heading=16,
+    arrow_x=688,
+)
+NARROW: Final = Layout(
+    name="narrow",
+    width=360,
+    top=84,
+    row=138,
+    tokens_x=0,
+    token=44,
+    comment=(130, -20),
+    numbers=((0, 68), (110, 68)),
+    heading=14,
+    arrow_x=306,
+)
+
+
 def draw(path: Path) -> None:
-    """Write the picture."""
+    """Write the picture, in both layouts."""
     seen = list(moments())
-    height = TOP + ROW * len(seen) - 20
-    svg = (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="concepts-title" '
-        'xmlns="http://www.w3.org/2000/svg" style="width: 100%; height: auto; margin: 1em 0">'
-    )
-    title = "Token history, KV cache and pending tokens, from borrow to commit or rollback"
-    parts = [svg, f'<title id="concepts-title">{title}</title>', _arrowhead()]
-    parts += _headings(seen[0])
-    for number, moment in enumerate(seen):
-        parts += _row(moment, TOP + ROW * number)
-    parts += _rollback(len(seen))
-    parts.append("</svg>")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    path.write_text("\n".join([*_svg(seen, WIDE), *_svg(seen, NARROW), ""]), encoding="utf-8")
 
 
-def _row(moment: Moment, top: int) -> Iterator[str]:
-    middle = top + 22
-    yield _text(0, middle - 3, moment.call, mono=True)
-    yield _text(0, middle + 16, moment.comment, fill=MUTED, size=12.5)
+def _svg(seen: list[Moment], layout: Layout) -> Iterator[str]:
+    height = layout.top + layout.row * len(seen) - 20
+    title = "Token history, KV cache and pending tokens, from borrow to commit or rollback"
+    yield (
+        f'<svg class="only-{layout.name}" viewBox="0 0 {layout.width} {height}" role="img" '
+        f'aria-labelledby="concepts-{layout.name}" xmlns="http://www.w3.org/2000/svg" '
+        'style="width: 100%; height: auto; margin: 1em 0">'
+    )
+    yield f'<title id="concepts-{layout.name}">{title}</title>'
+    yield _arrowhead(layout)
+    yield from _headings(seen[0], layout)
+    for number, moment in enumerate(seen):
+        yield from _row(moment, layout.top + layout.row * number, layout)
+    yield from _rollback(len(seen), layout)
+    yield "</svg>"
+
+
+def _row(moment: Moment, top: int, layout: Layout) -> Iterator[str]:
+    x, y = layout.comment
+    yield _text(0, top + (y if x else y - 19), moment.call, mono=True)
+    yield _text(x, top + y, moment.comment, fill=MUTED, size=12.5)
     for position in range(moment.tokens):
-        yield from _token(position, top, covered=position < moment.kv_length)
-    covered = _x(moment.kv_length) - GAP - TOKENS_X
-    yield f'<rect x="{TOKENS_X}" y="{top + 42}" width="{covered}" height="7" rx="3.5" fill="{CACHE}"/>'
-    edge = _x(moment.savepoint) - GAP / 2
+        yield from _token(position, top, layout, covered=position < moment.kv_length)
+    covered = layout.x(moment.kv_length) - GAP - layout.tokens_x
+    yield (
+        f'<rect x="{layout.tokens_x}" y="{top + 42}" width="{covered}" height="7" rx="3.5" '
+        f'fill="{CACHE}"/>'
+    )
+    edge = layout.x(moment.savepoint) - GAP / 2
     yield (
         f'<path d="M{edge} {top - 7} V{top + 52}" stroke="{INK}" stroke-width="1.5" '
         'stroke-dasharray="2 3"/>'
     )
-    yield _text(_x(6) + 10, middle - 3, f"kv_length {moment.kv_length}", mono=True, fill=CACHE)
+    (x, y), below = layout.numbers
+    yield _text(x, top + y, f"kv_length {moment.kv_length}", mono=True, fill=CACHE)
     names = " ".join(f"t{n}" for n in range(moment.kv_length, moment.tokens)) or "none"
-    yield _text(_x(6) + 10, middle + 16, f"pending {names}", mono=True, fill=PENDING)
+    yield _text(below[0], top + below[1], f"pending {names}", mono=True, fill=PENDING)
 
 
-def _token(position: int, top: int, *, covered: bool) -> Iterator[str]:
+def _token(position: int, top: int, layout: Layout, *, covered: bool) -> Iterator[str]:
     look = (
         f'fill="{CACHE}" fill-opacity="0.14" stroke="{CACHE}"'
         if covered
         else f'fill="{PENDING}" fill-opacity="0.10" stroke="{PENDING}" stroke-dasharray="4 3"'
     )
+    x = layout.x(position)
     yield (
-        f'<rect x="{_x(position)}" y="{top}" width="{TOKEN}" height="36" rx="6" '
+        f'<rect x="{x + 1}" y="{top}" width="{layout.token - 2}" height="36" rx="6" '
         f'stroke-width="1.5" {look}/>'
     )
-    yield _text(_x(position) + TOKEN / 2, top + 23, f"t{position}", mono=True, anchor="middle")
+    yield _text(x + layout.token / 2, top + 23, f"t{position}", mono=True, anchor="middle")
 
 
-def _headings(first: Moment) -> Iterator[str]:
-    yield _text(TOKENS_X, 16, "token_history", mono=True, weight=600)
-    end = _x(first.savepoint) - GAP / 2
-    yield _text(end, 34, "savepoint", anchor="middle", fill=MUTED, size=12.5)
-    yield _text(TOKENS_X, TOP + 66, "KV cache", fill=CACHE, size=12.5)
+def _headings(first: Moment, layout: Layout) -> Iterator[str]:
+    yield _text(layout.tokens_x, layout.heading, "token_history", mono=True, weight=600)
+    end = layout.x(first.savepoint) - GAP / 2
+    yield _text(end, layout.heading + 18, "savepoint", anchor="middle", fill=MUTED, size=12.5)
+    if layout is WIDE:
+        yield _text(layout.tokens_x, layout.top + 66, "KV cache", fill=CACHE, size=12.5)
 
 
-def _rollback(rows: int) -> Iterator[str]:
-    x, top, bottom = WIDTH - 58, TOP + 18, TOP + ROW * (rows - 1) - 20
+def _rollback(rows: int, layout: Layout) -> Iterator[str]:
+    x = layout.arrow_x
+    top, bottom = layout.top + 18, layout.top + layout.row * (rows - 1) + 18
     yield (
-        f'<path d="M{x - 14} {bottom} C{x + 26} {bottom} {x + 26} {bottom} {x + 26} {bottom - 34} '
-        f'V{top + 34} C{x + 26} {top} {x + 26} {top} {x - 10} {top}" fill="none" stroke="{FAILURE}" '
-        'stroke-width="1.8" marker-end="url(#arrowhead)"/>'
+        f'<path d="M{x} {bottom} C{x + 30} {bottom} {x + 30} {bottom} {x + 30} {bottom - 34} '
+        f'V{top + 34} C{x + 30} {top} {x + 30} {top} {x} {top}" fill="none" stroke="{FAILURE}" '
+        f'stroke-width="1.8" marker-end="url(#arrowhead-{layout.name})"/>'
     )
     middle = (top + bottom) / 2
     yield (
-        f'<text transform="translate({x + 44} {middle}) rotate(90)" text-anchor="middle" '
+        f'<text transform="translate({x + 40} {middle}) rotate(90)" text-anchor="middle" '
         f'font-size="12.5" fill="{FAILURE}">any exception: rollback</text>'
     )
 
 
-def _arrowhead() -> str:
+def _arrowhead(layout: Layout) -> str:
     return (
-        '<defs><marker id="arrowhead" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" '
+        f'<defs><marker id="arrowhead-{layout.name}" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" '
         f'markerHeight="7" orient="auto"><path d="M0 0 L10 5 L0 10 z" fill="{FAILURE}"/></marker></defs>'
     )
 
@@ -167,7 +224,3 @@ def _text(
         f'<text x="{x}" y="{y}" fill="{fill}" font-size="{size}" font-weight="{weight}" '
         f'text-anchor="{anchor}" style="font-family: {family}">{escape(text)}</text>'
     )
-
-
-def _x(position: int) -> int:
-    return TOKENS_X + position * (TOKEN + GAP)

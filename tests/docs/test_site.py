@@ -21,6 +21,11 @@ MODULES = [
 ]
 SITE = Path(os.environ["BUILT_SITE"])
 GENERATED = {"genindex.html", "py-modindex.html", "search.html"}
+PAGES = [
+    page.relative_to(SITE).with_suffix("").as_posix()
+    for page in sorted(SITE.glob("**/*.html"))
+    if page.name not in GENERATED
+]
 
 
 def read(page: str) -> str:
@@ -50,12 +55,12 @@ def test_reference_is_complete(module: str, documented: set[str]) -> None:
 
 @pytest.mark.parametrize("name", exceptions.__all__)
 def test_errors_say_when(name: str) -> None:
-    """Each error says when you get it and when you don't, and the table of errors shows both."""
+    """Each error says when you get it and when you don't, and the list of errors has it."""
     means, do_not = errors.when(getattr(exceptions, name))
     assert means.endswith(".")
     assert do_not.endswith(".")
-    table = read("reference").partition("</table>")[0]
-    assert f"#inference_session.exceptions.{name}" in table
+    listed = read("reference").partition('id="errors"')[2].partition("</dl>")[0]
+    assert f"#inference_session.exceptions.{name}" in listed
 
 
 def test_every_page_is_listed_once() -> None:
@@ -66,7 +71,37 @@ def test_every_page_is_listed_once() -> None:
 
 
 def test_picture_is_of_this_library() -> None:
-    """The picture of the core concepts is in its page, drawn from what a real session did."""
-    page = read("concepts")
-    assert "</svg>" in page
-    assert page.count(">kv_length 5<") == 3
+    """The picture of the core concepts, wide and narrow, is in its page, and drawn from what a real session did."""
+    for picture in read("concepts").split('role="img"')[1:]:
+        assert picture.partition("</svg>")[0].count(">kv_length 5<") == 3
+    assert read("concepts").count('role="img"') == 2
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_head(page: str) -> None:
+    """A page says to search engines what it's about, and has an icon that is there."""
+    assert re.search(r'<meta content="[^"]+LLM[^"]+" name="description"', read(page))
+    (icon,) = re.findall(r'<link rel="shortcut icon" href="([^"]+)"', read(page))
+    assert (SITE / page).parent.joinpath(icon).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_contents_are_worth_their_place(page: str) -> None:
+    """A list of the page's sections names two of them at least, besides the page itself."""
+    _, _, contents = read(page).partition('<div class="toc-tree">')
+    assert contents.partition("</aside>")[0].count("<li>") not in {1, 2}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_stay_here(page: str) -> None:
+    """The site doesn't lead to the one that is published, which may be of another version."""
+    assert 'href="https://inference-session.readthedocs.io' not in read(page)
+
+
+def test_names_are_linked() -> None:
+    """In the reference, names in signatures and docstrings lead to what they name, also in Python's documentation."""
+    page = read("reference")
+    for target in ("engine.StateSlots.borrow", "engine.BorrowedState.kv_length", "Session"):
+        assert f'<a class="reference internal" href="#inference_session.{target}"' in page
+    for target in ("uuid.html#uuid.UUID", "functions.html#int", "exceptions.html#TypeError"):
+        assert f'href="https://docs.python.org/3/library/{target}"' in page
