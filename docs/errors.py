@@ -1,6 +1,7 @@
 """Writes the list of errors that heads the reference: when you get each, and when you don't, as its docstring says."""
 
 import inspect
+import re
 from pathlib import Path
 
 from inference_session import exceptions
@@ -21,12 +22,10 @@ def write(path: Path) -> None:
     lines: list[str] = []
     for name in sorted(exceptions.__all__, key=lambda name: (name != "SessionError", name)):
         means, do_not = when(getattr(exceptions, name))
-        lines += [
-            f"{{py:exc}}`~{exceptions.__name__}.{name}`",
-            f": {means}",
-            "",
-            f"  {NOT} {do_not}",
-            "",
-        ]
+        lines += [f"{{name}}`{name}`", f": {_linked(means)}", "", f"  {NOT} {_linked(do_not)}", ""]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _linked(text: str) -> str:
+    return re.sub("`.+?`", r"{name}\g<0>", text)
