@@ -1,6 +1,7 @@
 """Configuration of the documentation."""
 
 import pkgutil
+import re
 import sys
 from importlib.metadata import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ import inference_session
 
 
 HERE = Path(__file__).parent
+PAGE = re.compile(r"docs/(.+)\.md")
 sys.path.insert(0, str(HERE.parent))
 
 from docs import errors, links, picture  # noqa: E402
@@ -47,8 +49,6 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 myst_html_meta = {"description": about["Summary"]}
 
-PUBLISHED = "https://inference-session.readthedocs.io/en/stable/"
-
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
@@ -64,7 +64,7 @@ def setup(app: Sphinx) -> None:
     app.connect("builder-inited", _find_order)
     app.connect("autodoc-process-docstring", _convert_sections)
     app.connect("autodoc-process-bases", _show_public_bases)
-    app.connect("doctree-resolved", _stay_here)
+    app.connect("doctree-resolved", _link_pages)
     app.connect("html-page-context", _hide_short_contents, priority=900)
     picture.draw(HERE / "_build" / "concepts.svg")
     errors.write(HERE / "_build" / "errors.md")
@@ -99,14 +99,18 @@ def _show_public_bases(*event: object) -> None:
     bases[:] = [base.__base__ or base if base.__name__[0] == "_" else base for base in bases]
 
 
-def _stay_here(app: Sphinx, doctree: nodes.document, page: str) -> None:
-    """Let the README's links to the published site lead to the same pages of this one."""
-    for link in doctree.findall(nodes.reference):
-        if link.get("refuri", "").startswith(PUBLISHED):
-            target = link["refuri"].removeprefix(PUBLISHED).removesuffix(".html")
-            if target not in app.env.found_docs:
-                raise SphinxError(f"{page} links to {link['refuri']}, which isn't a page")
-            link["refuri"] = app.builder.get_relative_uri(page, target)
+def _link_pages(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Turn the path of a page into a link with its title, as files that are read elsewhere, too, can only tell the path."""
+    for path in list(doctree.findall(nodes.literal)):
+        if not (found := PAGE.fullmatch(path.astext())):
+            continue
+        if found[1] not in app.env.titles:
+            raise SphinxError(f"{page} tells of {path.astext()}, which isn't a page")
+        link = nodes.reference(
+            "", "", internal=True, refuri=app.builder.get_relative_uri(page, found[1])
+        )
+        link += nodes.Text(app.env.titles[found[1]].astext())
+        path.replace_self(link)
 
 
 def _hide_short_contents(*event: object) -> None:

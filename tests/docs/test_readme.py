@@ -38,8 +38,7 @@ def test_samples_run_as_printed(tmp_path: Path) -> None:
 
 
 def test_links_are_absolute() -> None:
-    """Links lead somewhere on the page of a package index, too."""
+    """No link is dead on the page of a package index; the site makes links of the paths of its pages."""
     tokens = [token for block in MarkdownIt().parse(README) for token in block.children or []]
     links = [str(token.attrs["href"]) for token in tokens if token.type == "link_open"]
-    assert links
     assert not [link for link in links if not link.startswith("https://")]
