@@ -100,7 +100,7 @@ def _show_public_bases(*event: object) -> None:
 
 
 def _link_pages(app: Sphinx, doctree: nodes.document, page: str) -> None:
-    """Turn the path of a page into a link with its title, as files that are read elsewhere, too, can only tell the path."""
+    """Turn the path of a page, which is all that the README can tell, into a link with the page's title."""
     for path in list(doctree.findall(nodes.literal)):
         if not (found := PAGE.fullmatch(path.astext())):
             continue
