@@ -48,18 +48,18 @@ KV = TypeVar("KV")
 T = TypeVar("T")
 
 _running: bool | None = True
-"""None when the interpreter ends, as all globals of a module may be. The session is then left to its finalizer."""
+"""None when the interpreter exits, as any module global may be. The session is then left to its finalizer."""
 
 
 @final
 @define(eq=False, repr=False, init=False, match_args=False, getstate_setstate=False)
 class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
-    """The tokens and the KV cache of one session, for the length of one `with` block.
+    """The tokens and the KV cache of one session, for one `with` block.
 
-    It comes from `StateSlots.borrow` and `StateSlots.borrow_all`. The token history is the truth; the KV cache covers
-    its first `kv_length` tokens; the others are `pending`: what the model must be fed next. Nothing is final before the
-    block ends or `commit` is called. An exception that leaves the block takes the session back to where it was.
-    `state[slot]` is the value of a further `Slot`.
+    `StateSlots.borrow` and `StateSlots.borrow_all` return it. The token history is the truth; the KV cache covers its
+    first `kv_length` tokens; the others are `pending`, to be fed to the model next. Nothing is final until the block
+    ends or `commit` is called. An exception leaving the block takes the session back to its last commit. `state[slot]`
+    is the value of a further `Slot`.
 
     After the block, every member raises `BorrowExpiredError`.
     """
@@ -89,13 +89,13 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
 
     @property
     def kv_cache(self) -> KV:
-        """The KV cache, made by `create` when first asked for.
+        """The KV cache, made by `create` on first use.
 
-        Set it where a step returns a new cache instead of changing the old one. The cache that a failure would go back
-        to is kept until the next commit; any other that is replaced is released.
+        Set it if a step returns a new cache instead of changing the old one. The cache of the last commit is kept until
+        the next one, for a rollback; any other is released when replaced.
 
         Raises:
-            StateMismatchError: if the cache that `create` returned isn't empty.
+            StateMismatchError: if `create` returned a cache that isn't empty.
         """
         session, lease = self._session, self._lease
         if lease() is None or session._pid != _fork.pid or session._writer is not lease:
@@ -114,7 +114,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
 
     @property
     def token_history(self) -> Sequence[int]:
-        """All tokens of the conversation: a live, read-only view. Nothing is copied but what is sliced."""
+        """All tokens of the conversation, as a live, read-only view; only its slices are copies."""
         self._current()
         return TokenHistory(self._current)
 
@@ -125,7 +125,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
 
     @property
     def pending(self) -> Sequence[int]:
-        """The tokens that the KV cache doesn't cover yet, `token_history[kv_length:]`: a new list each time."""
+        """The tokens not yet covered by the KV cache, `token_history[kv_length:]`, as a new list each time."""
         session = self._current()
         return session._token_history[session._kv_length :].tolist()
 
@@ -134,7 +134,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
 
         Args:
             tokens: token ids, ints from 0 to 2**31 - 1. An `array` or a NumPy buffer of C ints is copied as it is;
-                whatever else holds ints (NumPy's and PyTorch's too) is converted.
+                other iterables of ints (NumPy's and PyTorch's too) are converted.
 
         Raises:
             ValueError: if an id isn't such an int.
@@ -143,7 +143,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         session, lease = self._session, self._lease
         try:
             token = tokens[0] if isinstance(tokens, list) and len(tokens) == 1 else None
-            if type(token) is int and 0 <= token < 2**31:  # of a decode step: nothing is quicker
+            if type(token) is int and 0 <= token < 2**31:  # the fast path, for decode steps
                 if lease() is None or session._pid != _fork.pid or session._writer is not lease:
                     session = self._current()
                 session._token_history.append(token)
@@ -156,10 +156,10 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
             token = None
 
     def advance(self, count: int) -> None:
-        """Say that the model was fed the next `count` pending tokens, so that the KV cache covers them now.
+        """Declare the next `count` pending tokens as fed to the model, and so covered by the KV cache.
 
         Raises:
-            ValueError: if `count` is negative, or more than are pending.
+            ValueError: if `count` is negative, or exceeds the number of pending tokens.
             StateMismatchError: if `length(kv_cache)` hasn't grown by `count`.
         """
         if type(count) is not int:
@@ -176,7 +176,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         session._kv_length = covered
 
     def commit(self) -> None:
-        """Make this the state that a later failure in the block goes back to.
+        """Make this the state to return to if the block fails later.
 
         Raises:
             StateMismatchError: if the KV cache doesn't cover `kv_length` tokens; nothing is committed then.
@@ -191,16 +191,16 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
     def chunks(self, size: int, *, keep: int = 1) -> Iterator[list[int]]:
         """Iterate over the pending tokens, all but the last `keep`, in parts to feed to the model.
 
-        Call `advance` for each part before the next one. If fewer than `keep` tokens are pending, the KV cache first
-        gives up as many as are missing.
+        Call `advance` for each part before the next one. If fewer than `keep` tokens are pending, the KV cache is first
+        cut until there are enough.
 
         Args:
-            size: the most tokens of a part.
-            keep: how many tokens are left pending, at least; more only if the history is shorter.
+            size: the maximum number of tokens in a part.
+            keep: how many tokens to leave pending at the end; fewer only if the history is shorter.
 
         Raises:
             ValueError: if `size` is less than 1, or `keep` is negative.
-            SessionClosedError: instead of a part, if the session was closed meanwhile: nobody waits for the rest.
+            SessionClosedError: instead of the next part, if the session was closed meanwhile.
             RuntimeError: after a part, if `advance` was not called for all of it.
             Exception: from `truncate`, as for `rewind`.
         """
@@ -230,14 +230,14 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
     def rewind(self, length: int, *, pending: int = 1) -> None:
         """Forget all but the first `length` tokens of the history.
 
-        The KV cache then covers at most `length - pending` of them, so that there is something to decode from; to
-        go on with other tokens at once, as speculative decoding does, pass 0. Where `truncate` can't cut anywhere, it
-        may cover fewer; without `truncate`, a KV cache that covers more is released.
+        The KV cache then covers at most `length - pending` of them, which leaves a token to decode from. Pass 0 to go
+        on with other tokens at once, as speculative decoding does. The KV cache may cover fewer, if `truncate` can't
+        cut just there; without `truncate`, it is released if it covers more.
 
         Raises:
             ValueError: if the history is shorter than `length`, or a number is negative.
-            StateMismatchError: if the KV cache that `truncate` returned covers more; it's released.
-            Exception: what `truncate` raised. The KV cache is released, and the history stays as it was.
+            StateMismatchError: if `truncate` returned a KV cache that covers more; it is released.
+            Exception: any error of `truncate`. The KV cache is released, and the history stays as it was.
         """
         length, pending = index(length), index(pending)
         session = self._current()
@@ -251,15 +251,15 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         rewrite(session, self._lease, length, NO_TOKENS)
 
     def reuse_prefix(self, tokens: Iterable[int]) -> int:
-        """Make `tokens` the history, and keep what is cached of the longest prefix that they have in common with it.
+        """Make `tokens` the history, and keep the KV cache of the longest prefix shared with the old one.
 
-        At least one token is left pending, so that there is something to decode from.
+        At least one token is left pending, to decode from.
 
         Args:
             tokens: as for `append`. An `array` or a NumPy buffer of C ints is fastest: it is compared as memory.
 
         Returns:
-            How many tokens are reused, and needn't be fed again.
+            How many tokens are still in the KV cache, and needn't be fed again.
 
         Raises:
             ValueError: if an id isn't an int from 0 to 2**31 - 1; nothing changes then.
@@ -303,7 +303,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
             del value  # a traceback keeps this frame
 
     def _first_value(self, slot: Slot[T]) -> T:
-        """Return what a slot's factory makes, and keep it."""
+        """Make a slot's first value, store it and return it."""
         if type(slot) is not Slot:
             raise TypeError(f"only a Slot can be read, got {type(slot).__name__!r}")
         self[slot] = slot._factory()
@@ -321,7 +321,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
     def _current(self) -> Session:
         """Return the session, if this block is still its writer.
 
-        From here to the caller's next call, all is one instant: so this stands right before a write.
+        From here to the caller's next call is one instant (see `_lease`): call this right before a write.
         """
         session, lease = self._session, self._lease
         if session._pid != _fork.pid and session._is_forked():
@@ -331,18 +331,16 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         return session
 
     def __enter__(self) -> "BorrowedState[KV]":
-        lease = (
-            self._exit
-        )  # that of a `with` statement, mostly: then there's no need to call `_begin`
+        lease = self._exit  # alive in a `with` statement, where `_begin` isn't needed
         self._take(lease if self._lease is nobody and lease() is not None else self._begin())
         if self._session._key != self._key:
             _use_key([self], self)
         return self
 
     def _take(self, lease: Lease) -> None:
-        """Take the session under a lease, or raise why it can't be taken, which changes nothing."""
+        """Take the session under a lease; or raise an error, and change nothing."""
         session = self._session
-        if type(session) is not Session:  # nor a proxy of one, whatever it says that it is
+        if type(session) is not Session:  # not a proxy either, whatever its `__class__`
             raise TypeError(f"only a Session can be borrowed, got {type(session).__name__!r}")
         if session._closed or session._slots is not self._slots or session._pid != _fork.pid:
             self._check_free()
@@ -351,13 +349,13 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
             raise SessionBusyError(session._id)
         if last is not nobody:
             self._recover_session()
-        # Only now nobody else changes it. Since it was looked at, it may have been closed, or begun by another engine.
+        # Only now does nobody else change it: since the check, it may have been closed, or begun by another engine.
         if session._closed or session._slots is not self._slots:
             self._begin_session()
         self._lease = session._writer = lease
 
     def _recover_session(self) -> None:
-        """Undo what a dead lease left; or leave it to the next and raise."""
+        """Undo the leftovers of a dead lease; if that fails, leave them to the next borrow."""
         try:
             recover(self._session)
         except BaseException:
@@ -374,7 +372,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
             raise SessionOwnerError(session._id)
 
     def _begin_session(self) -> None:
-        """Be the first to use a session that holds nothing; or give it back and raise."""
+        """Begin a session that holds nothing; or give it back and raise."""
         session = self._session
         try:
             self._check_free()
@@ -407,17 +405,18 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
                 if session._closed or session._observer is not None or not session._savepoint[0]:
                     session._give_back()
                 else:
-                    session._handed_out, session._lease = False, nobody  # all that it does for most
+                    # The usual part of `_give_back`, without its call.
+                    session._handed_out, session._lease = False, nobody
             else:
                 self._undo(exc)
         finally:
             self._hold = None
 
     def _stop(self, block: LeasedBlock) -> bool:
-        """Let nothing that the block began write any more, and return whether it still has the session.
+        """Stop the block from writing, and return whether it still has the session.
 
-        The garbage collector may have ended the lease too early. Then the session is taken back, unless somebody else
-        took it.
+        If the garbage collector has ended the lease too early, the session is taken back, unless another borrow has
+        taken it.
         """
         session, lease = self._session, self._lease
         self._lease = expired
@@ -436,7 +435,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
 @final
 @define(eq=False, repr=False, init=False, getstate_setstate=False)
 class BorrowedBatch(LeasedBlock, NeverCopied, Generic[KV]):
-    """Borrows of several sessions, which begin and end together."""
+    """Borrows of several sessions, begun and ended together."""
 
     _states: "list[BorrowedState[KV]]" = field(repr=False)
 
@@ -509,7 +508,7 @@ class BorrowedBatch(LeasedBlock, NeverCopied, Generic[KV]):
         for session in sessions:
             try:
                 session._give_back()
-            except Exception as raised:  # noqa: BLE001 of the release of a session closed meanwhile
+            except Exception as raised:  # noqa: BLE001 from releasing a session closed meanwhile
                 error = raised
         if error is not None:
             raise error
@@ -520,7 +519,7 @@ class BorrowedBatch(LeasedBlock, NeverCopied, Generic[KV]):
 
 
 def _use_key(states: "list[BorrowedState[KV]]", block: LeasedBlock) -> None:
-    """Let go of KV caches that were computed under another key than that of this borrow, which begins."""
+    """Release KV caches computed under another key, as a borrow begins."""
     try:
         for state in states:
             if state._session._key != state._key:
@@ -536,7 +535,7 @@ def _use_key(states: "list[BorrowedState[KV]]", block: LeasedBlock) -> None:
 @final
 @define(eq=False, repr=False, getstate_setstate=False)
 class TokenHistory(NeverCopied, Sequence[int]):
-    """A read-only view of the tokens: as long as the borrow lasts, and always current."""
+    """A read-only view of the tokens: always current, and valid until the borrow ends."""
 
     _read: Callable[[], Session] = field(repr=False)
 

@@ -10,7 +10,7 @@ from inference_session._session import Session
 
 @frozen
 class PrefillResult:
-    """What `Engine.prefill` returns.
+    """The result of `Engine.prefill`.
 
     Args:
         tokens_processed: how many tokens were added to the session.
@@ -23,10 +23,10 @@ class PrefillResult:
 
 @frozen
 class DecodeResult:
-    """What `Engine.decode` returns. Its `repr` doesn't show the token.
+    """The result of `Engine.decode`. Its `repr` doesn't show the token.
 
     Args:
-        token: the id of the next token, which the session's history now ends with.
+        token: the id of the next token, now the last one of the session's history.
     """
 
     __module__ = "inference_session.engine"
@@ -35,7 +35,7 @@ class DecodeResult:
 
 
 class Engine(Protocol):
-    """What an application asks of an engine. Both calls are atomic: they do all they say, or nothing."""
+    """An engine, as applications see it. Both calls are atomic: they do all they promise, or nothing."""
 
     def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
         """Add tokens to the session's history and compute the KV cache for them.
@@ -56,6 +56,5 @@ class Engine(Protocol):
         ...
 
 
-Engine.__module__ = (
-    "inference_session.engine"  # not in the class, where it would be a member of the protocol
-)
+# In the class body, it would be a member of the protocol.
+Engine.__module__ = "inference_session.engine"

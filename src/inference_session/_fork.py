@@ -1,7 +1,7 @@
-"""Which process this is: a fork copies sessions, and the copies must not act.
+"""The current process: a fork copies sessions, and the copies must not act.
 
-A hook alone can't tell, as hooks run in the order in which they were registered: one that is older than this module's
-runs in the child before it. So for as long as a fork is under way nobody is trusted but the operating system.
+A fork hook alone can't tell: hooks run in order of registration, so one older than this module's runs first in the
+child. While any fork is under way, only the operating system is trusted.
 """
 
 import os
@@ -15,13 +15,13 @@ pid: int = os.getpid()
 _forks = 0
 """How many threads are forking now."""
 
-# A lock of their own, so that a fork waits for nobody but other forks; `_lock` tells why it's taken by a loop.
+# A lock of their own, so that a fork waits only for other forks. `_lock` explains the loops over it.
 _counting: Final = RLock()
-_counted: Final = iter(_counting.acquire, False)  # noqa: FBT003 it never returns that
+_counted: Final = iter(_counting.acquire, False)  # noqa: FBT003 never returned
 
 
 def is_here(process: int) -> bool:
-    """Return whether this is the process with that id. Where speed matters, compare with `pid` first."""
+    """Return whether this process has the given id. Where speed matters, compare with `pid` first."""
     return process == (pid or os.getpid())
 
 

@@ -1,6 +1,6 @@
 """The lock: held for instants only, and never left locked by an interrupt.
 
-`with lock:` would leak it on CPython 3.14, where an interrupt can strike between the call of `__enter__` and the block.
+`with lock:` would leak it on CPython 3.14, where an interrupt can arrive between the call of `__enter__` and the block.
 A loop over `locked` does not:
 
     for _ in locked:
@@ -10,8 +10,8 @@ A loop over `locked` does not:
             lock.release()
         break
 
-What is done under the lock makes no call and no container. So no signal handler, no finalizer and no code of others
-ever runs there, and nobody waits for long. `_lease` tells why that is so, and `tests/test_delivery.py` shows it.
+Code under the lock makes no calls and no containers. So no signal handler, no finalizer and no foreign code ever runs
+there, and nobody waits for long. `_lease` explains why, and `tests/test_delivery.py` shows it.
 """
 
 import os
@@ -21,8 +21,8 @@ from typing import Final
 
 
 lock: Final = RLock()
-locked: Final[Iterator[object]] = iter(lock.acquire, False)  # noqa: FBT003 it never returns that
+locked: Final[Iterator[object]] = iter(lock.acquire, False)  # noqa: FBT003 never returned
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which can't fork
-    # Another thread may have held it, which the child doesn't have.
+    # A thread that is missing in the child may have held it.
     os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType, reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""What holds a conversation's state, or a way to it, is never copied, and shows nothing of it."""
+"""The base of all classes that hold or reach a conversation's state: never copied, and showing nothing of it."""
 
 from collections.abc import Callable
 from inspect import Parameter, Signature
@@ -30,16 +30,16 @@ class _Printer(Protocol):
 class NeverCopied:
     """Refuses to be copied, pickled and subclassed, and lists only its public names.
 
-    `attrs.asdict`, `attrs.astuple` and `attrs.evolve` read the fields of a class one by one. So each class here is said
-    to have one more, which comes first and can't be read. `rich.print` shows the fields that have a `repr`, so those
-    with contents have none. `rich.inspect` and `inspect.getmembers` read what `dir` lists. Hypothesis and IPython ask
-    for `_repr_pretty_` before they look for fields.
+    `attrs.asdict`, `attrs.astuple` and `attrs.evolve` read the fields of a class one by one. So each class here
+    declares one more, which comes first and can't be read. `rich.print` shows all fields with a `repr`, so those with
+    contents have none. `rich.inspect` and `inspect.getmembers` read the names listed by `dir`. Hypothesis and IPython
+    look for `_repr_pretty_` before they look for fields.
     """
 
     __slots__ = ()
 
     _instead: ClassVar[str]
-    """Why there must not be two of it, and what to do instead."""
+    """Why a copy would be wrong, and what to do instead."""
 
     @property
     def _never_copied(self) -> NoReturn:

@@ -1,9 +1,9 @@
-"""The registry: many sessions by their ids, and the limits that they share.
+"""The registry: many sessions by their ids, and the limits they share.
 
-The lock guards the books, and no code of others runs while it is held: what is done under it makes no call and no
-container, so that neither a signal handler nor a finalizer comes in (`_lease` tells more). That is why the order of use
-is a linked list, whose links are set one by one. What others wrote (`nbytes`, `release`) is called before or after,
-with the session taken.
+The lock guards the books, and no foreign code runs while it is held: code under it makes no calls and no containers, so
+neither signal handlers nor finalizers come in (`_lease` explains why). Hence the order of use is a linked list, whose
+links are set one by one. The engine's functions (`nbytes`, `release`) are called before or after, with the session
+taken.
 """
 
 import logging
@@ -43,11 +43,11 @@ _ALL: Final[Any] = _All()
 
 @define(eq=False, repr=False)
 class _Use:
-    """A time of use, to a thousandth of the timeout: sessions that were last used about then share it."""
+    """A time of use, to a thousandth of the timeout: sessions last used at about the same time share it."""
 
     time: float
     registry: "ReferenceType[SessionRegistry]"
-    """Weak, or else a registry and its sessions would be garbage in a cycle."""
+    """Weak, or else a registry and its sessions would form a cycle."""
 
 
 @define(eq=False, repr=False, weakref_slot=False)
@@ -55,26 +55,26 @@ class _Link:
     """A place in the order of use, between the next older and the next newer one."""
 
     key: int
-    """The id's int."""
+    """The int of the session's id."""
     use: _Use
-    """When it was last used."""
+    """The time of the last use."""
     older: "_Link" = field(init=False)
     newer: "_Link" = field(init=False)
 
 
 class _Entry(_Link):
-    """A session in the books, which the session tells of its steps. There may be millions, so it holds little."""
+    """A session in the books, and the observer of its steps. It is small, as there may be millions."""
 
     __slots__ = ()
 
     def committing(self, session: Session) -> None:
-        """Take note of a step, and of the KV cache's size. The step fails if that can't be told."""
+        """Record a step, and the size of the KV cache. The step fails if `nbytes` does."""
         registry = self.use.registry()
         if registry is not None:
             registry._use(session, self, registry._measure(session))
 
     def rolled_back(self, session: Session, failure: BaseException | None) -> None:
-        """Take note of a step that failed; a KV cache that can't be measured then is let go of."""
+        """Record a failed step; release the KV cache if it can't be measured."""
         registry = self.use.registry()
         if registry is None:
             return
@@ -86,7 +86,7 @@ class _Entry(_Link):
         registry._use(session, self, nbytes)
 
     def settled(self, session: Session) -> None:
-        """Evict KV caches, least recently used first, until those that are left are within the budget."""
+        """Evict KV caches, least recently used first, until the others are within the budget."""
         registry = self.use.registry()
         if registry is None:
             return
@@ -96,7 +96,7 @@ class _Entry(_Link):
             registry._evict_over_budget()
 
     def close(self, session: Session) -> None:
-        """Close a session: that, and that it isn't registered any more, is one instant."""
+        """Close a session, and in the same instant remove it from the registry."""
         registry = self.use.registry()
         if registry is None:
             session._closed = True
@@ -107,29 +107,29 @@ class _Entry(_Link):
 @final
 @define(eq=False, repr=False, init=False, match_args=False, getstate_setstate=False)
 class SessionRegistry(NeverCopied):
-    """The open sessions of a process by their ids, and limits to how many there are and what they hold.
+    """The open sessions of a process by their ids, under limits on their number and memory.
 
-    A session is used when it is borrowed or looked up. One that is borrowed is never closed or evicted from here,
-    whatever the limits. A session that is closed, by whomever, isn't in the registry any more. Any thread may call
-    anything here. Nothing happens in the background. A registry is always true, also if it is empty.
+    A session is used when it is borrowed or looked up. The registry never closes or evicts a borrowed session, whatever
+    the limits. A session closed by anyone leaves the registry. Every method may be called from any thread. Nothing
+    happens in the background. A registry is always true, even if empty.
 
     As a context manager, a registry closes itself at the end of the block.
 
-    Each session that is closed for being idle or to make room, and each KV cache that is evicted, is logged by
+    Each session closed as idle or to make room, and each evicted KV cache, is logged by
     `logging.getLogger("inference_session")`, at the level INFO: ids and reasons, nothing else.
 
     Args:
-        max_sessions: how many sessions may be open. If `open` would exceed it, the least recently used one that isn't
-            borrowed is closed first.
-        idle_timeout: after how many seconds without use a session may be closed (give or take a thousandth). It is
-            closed by `close_idle`, or by `open`, which begins with that; until then it can be found, and used again.
-        max_kv_bytes: how many bytes all KV caches may hold, as `StateSlots(nbytes=...)` tells. When a borrow that has
-            exceeded it commits or ends, KV caches are evicted, the least recently used first. No token is lost: the
-            next step of those sessions computes them anew. An engine without `nbytes` gets a `TypeError` at the end of
+        max_sessions: how many sessions may be open. Before `open` would exceed it, the least recently used session is
+            closed, except for borrowed ones.
+        idle_timeout: seconds without use after which a session may be closed (give or take a thousandth). `close_idle`
+            closes it, and so does `open` before anything else; until then it can be found, and used again.
+        max_kv_bytes: how many bytes all KV caches may hold together, by `StateSlots(nbytes=...)`. If a borrow has
+            exceeded it, its commits and its end evict KV caches, least recently used first. No token is lost: the next
+            step of those sessions computes the cache anew. An engine without `nbytes` gets a `TypeError` at the end of
             its first borrow.
 
     Raises:
-        TypeError, ValueError: if a limit isn't a number of its kind, or leaves nothing.
+        TypeError, ValueError: if a limit has the wrong type, or is too low.
     """
 
     __module__ = "inference_session"
@@ -139,17 +139,17 @@ class SessionRegistry(NeverCopied):
     _kv_limit: float = field(repr=False)
 
     _sessions: dict[int, Session] = field(repr=False)
-    """By the ids' ints, as the hash of a UUID itself is slow."""
+    """By the ids' ints, as hashing a UUID is slow."""
     _order: _Link = field(repr=False)
-    """Both ends of the order of use: newer than this is the oldest session, older than this the newest."""
+    """Both ends of the order of use: next newer is the oldest session, next older the newest."""
     _passed: _Link = field(repr=False)
-    """A mark in that order: what is older has no KV cache to evict, or was borrowed when that was looked at."""
+    """A mark in the order: older sessions have no KV cache to evict, or were borrowed when it was their turn."""
     _room: float = field(repr=False)
     """How many more sessions may be opened."""
     _kv_total: int = field(repr=False)
     _closed: bool = field(repr=False)
     _kv_bytes: dict[int, int] = field(repr=False)
-    """How many bytes the KV caches hold, of those that hold any."""
+    """The bytes of each session's KV cache, without those that hold none."""
     _latest: _Use = field(repr=False)
 
     _instead = "as its sessions can't: send their ids, and have one registry in each process"
@@ -177,10 +177,10 @@ class SessionRegistry(NeverCopied):
         self._kv_total = 0
         self._closed = False
 
-    def open(self, id: UUID | None = None) -> Session:  # noqa: A002 it's what it is
+    def open(self, id: UUID | None = None) -> Session:  # noqa: A002 its natural name
         """Return a new session, with a random id if none is given.
 
-        What `release` raises for a session that had to go is left to `sys.unraisablehook`, as it isn't about this one.
+        Errors of `release` for sessions closed on the way go to `sys.unraisablehook`, as they don't concern this one.
 
         Raises:
             SessionExistsError: if there is an open session with this id.
@@ -190,11 +190,11 @@ class SessionRegistry(NeverCopied):
         """
         session = Session() if id is None else Session.with_id(id)
         if self._idle_timeout is not None:
-            self._close_idle(_say)
+            self._close_idle(_report)
         borrowed = 0
         while not self._add(session):
             oldest = self._oldest()
-            if oldest is not None and self._close_unused(*oldest, "to make room", _say) is None:
+            if oldest is not None and self._close_unused(*oldest, "to make room", _report) is None:
                 borrowed += 1
                 if borrowed >= len(self) and self._all_borrowed():
                     raise RegistryFullError(self._max_sessions or 0)
@@ -229,20 +229,20 @@ class SessionRegistry(NeverCopied):
         return True
 
     def __iter__(self) -> Iterator[UUID]:
-        """Iterate over the ids of the sessions that are open now, whatever becomes of them."""
+        """Iterate over the ids of the sessions open now, whatever becomes of them."""
         return iter([session.id for session in self.values()])
 
     def values(self) -> list[Session]:
-        """Return the sessions that are open now. Unlike looking them up, that is no use of them."""
+        """Return the sessions open now. Unlike looking them up, this doesn't count as a use."""
         return list(self._sessions.values())
 
     def close(self, id: UUID = _ALL) -> None:  # noqa: A002
-        """Close the session with this id; or, without an argument, all of them, and open no more.
+        """Close the session with this id; or, without an argument, close all of them, and open no more.
 
         Raises:
             SessionNotFoundError: if there's no open session with this id.
             TypeError: if `id` isn't a `uuid.UUID`.
-            Exception: what `release` raised. The sessions are closed all the same.
+            Exception: any error of `release`. The sessions are closed all the same.
         """
         if id is not _ALL:
             session = self._sessions.get(_key(id))
@@ -265,10 +265,10 @@ class SessionRegistry(NeverCopied):
         _raise_first(errors)
 
     def close_idle(self) -> int:
-        """Close the sessions that weren't used for longer than `idle_timeout`, and return how many that were.
+        """Close all sessions unused for longer than `idle_timeout`, and return their number.
 
         Raises:
-            Exception: what `release` raised. The sessions are closed all the same.
+            Exception: any error of `release`. The sessions are closed all the same.
         """
         errors: list[Exception] = []
         closed = self._close_idle(errors.append)
@@ -295,7 +295,7 @@ class SessionRegistry(NeverCopied):
         """Add a session, if there's room for it.
 
         Raises:
-            SessionExistsError: if there is one with its id.
+            SessionExistsError: if its id is taken.
             RuntimeError: if the registry was closed.
         """
         key, order = session._id.int, self._order
@@ -321,7 +321,7 @@ class SessionRegistry(NeverCopied):
         return added
 
     def _use(self, session: Session, entry: _Entry, nbytes: int | None = None) -> bool:
-        """Take note of the use of a session, and of how many bytes its KV cache holds; return False if it is gone."""
+        """Record a use of a session, and the bytes of its KV cache; return False if the session is gone."""
         use, order, key = self._now(), self._order, entry.key
         sizes = self._kv_bytes
         present = False
@@ -353,9 +353,9 @@ class SessionRegistry(NeverCopied):
         lease: Lease | None = None,
         use: _Use | None = None,
     ) -> bool:
-        """Remove a session and have it closed, and return whether it was there.
+        """Remove a session and mark it as closed; return whether it was there.
 
-        If a lease is given, that is done only while the session has it, and was not used since.
+        With a lease, do so only while the session has this lease and hasn't been used since.
         """
         order, passed, key, sizes = self._order, self._passed, entry.key, self._kv_bytes
         removed = False
@@ -382,7 +382,7 @@ class SessionRegistry(NeverCopied):
         return removed
 
     def _forget_cache(self, session: Session, entry: _Entry) -> None:
-        """Take note that a session's KV cache is gone."""
+        """Record the loss of a session's KV cache."""
         key, sizes = entry.key, self._kv_bytes
         for _ in _locked:
             try:
@@ -394,7 +394,7 @@ class SessionRegistry(NeverCopied):
             break
 
     def _pass(self, entry: _Entry) -> None:
-        """Move the mark past an entry that has been looked at, if it is the next."""
+        """Move the mark past an entry, if it is the next."""
         passed = self._passed
         for _ in _locked:
             try:
@@ -407,7 +407,7 @@ class SessionRegistry(NeverCopied):
             break
 
     def _look_again(self, session: Session, entry: _Entry) -> None:
-        """Move the mark back to right before an entry that was passed and not used since."""
+        """Move the mark back to right before an entry passed earlier and not used since."""
         passed = self._passed
         for _ in _locked:
             try:
@@ -421,11 +421,11 @@ class SessionRegistry(NeverCopied):
             break
 
     def _oldest(self) -> tuple[Session, _Entry, _Use] | None:
-        """Return the least recently used session, its entry, and when it was last used."""
+        """Return the least recently used session, its entry and the time of its last use."""
         return self._newer_than(self._order)
 
     def _newer_than(self, link: _Link) -> tuple[Session, _Entry, _Use] | None:
-        """Return the next newer session, its entry, and when it was last used."""
+        """Return the next newer session, its entry and the time of its last use."""
         session, observer, use = None, None, link.use
         order, passed = self._order, self._passed
         for _ in _locked:
@@ -444,14 +444,14 @@ class SessionRegistry(NeverCopied):
         return session, observer, use
 
     def _all_borrowed(self) -> bool:
-        """Whether all sessions were borrowed at one instant: none of their borrows ended while this looked at them."""
+        """Whether all sessions were borrowed at one instant: no borrow ended between two looks at all of them."""
         found = [(session, session._lease) for session in self.values()]
         if len(found) != self._max_sessions or not all(one.borrowed for one, _ in found):
             return False
         return found == [(session, session._lease) for session in self.values()]
 
     def _measure(self, session: Session) -> int:
-        """Return how many bytes a session's KV cache holds, by the engine's own `nbytes`."""
+        """Return the bytes of a session's KV cache, by the engine's own `nbytes`."""
         slots = session._slots
         if self._kv_limit == math.inf or session._kv_cache is NO_CACHE or slots is None:
             return 0
@@ -465,7 +465,7 @@ class SessionRegistry(NeverCopied):
         return nbytes
 
     def _now(self) -> _Use:
-        """Return the present time of use, which is the latest one if that's nearly the same."""
+        """Return the present time of use: the latest one again, if nearly the same."""
         if self._idle_timeout is None:
             return self._latest
         now = monotonic()
@@ -475,10 +475,10 @@ class SessionRegistry(NeverCopied):
 
     # Closing and eviction
 
-    def _close_idle(self, say: Callable[[Exception], None]) -> int:
+    def _close_idle(self, report: Callable[[Exception], None]) -> int:
         closed = 0
         while (oldest := self._oldest()) is not None and self._is_idle(oldest[2]):
-            closed += self._close_unused(*oldest, "idle", say) is True
+            closed += self._close_unused(*oldest, "idle", report) is True
         return closed
 
     def _is_idle(self, use: _Use) -> bool:
@@ -490,11 +490,11 @@ class SessionRegistry(NeverCopied):
         entry: _Entry,
         use: _Use,
         reason: str,
-        say: Callable[[Exception], None],
+        report: Callable[[Exception], None],
     ) -> bool | None:
         """Close the oldest session, unless it was used since.
 
-        Return whether that was done, or None if the session is borrowed, which is a use.
+        Return whether it was closed; None if it is borrowed, which counts as a use.
         """
         holder: Maintenance | None = Maintenance()
         try:
@@ -512,8 +512,8 @@ class SessionRegistry(NeverCopied):
         try:
             if session._closed:
                 session._free()
-        except Exception as error:  # noqa: BLE001 it's said
-            say(error)
+        except Exception as error:  # noqa: BLE001 reported
+            report(error)
         if removed:
             _log.info("closed session %s: %s", session.id, reason)
         return removed
@@ -532,7 +532,7 @@ class SessionRegistry(NeverCopied):
                 self._pass(entry)
 
     def _evict(self, session: Session, entry: _Entry) -> bool:
-        """Evict a session's KV cache, unless it's borrowed, and return whether it isn't."""
+        """Evict a session's KV cache; return False if the session is borrowed."""
 
         def evict() -> None:
             try:
@@ -549,8 +549,8 @@ class SessionRegistry(NeverCopied):
                 return False
             if session._closed:
                 session._free()
-        except Exception as error:  # noqa: BLE001 it's said
-            _say(error)
+        except Exception as error:  # noqa: BLE001 reported
+            _report(error)
         _log.info("evicted the KV cache of session %s: over the budget", session.id)
         return True
 
@@ -588,13 +588,13 @@ def _raise_first(errors: list[Exception]) -> None:
         raise first
 
 
-def _say(error: Exception) -> None:
-    """Have `sys.unraisablehook` told of an error that nobody is there to catch."""
+def _report(error: Exception) -> None:
+    """Pass an error to `sys.unraisablehook`, as no caller is there to catch it."""
     _Unraisable(error)
 
 
 class _Unraisable:
-    """An error that nobody is there to catch."""
+    """Raises an error where no caller can catch it."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error

@@ -1,4 +1,4 @@
-"""The session: an identity, the engine's slots, and how they end."""
+"""The session: its identity, the engine's slots, and the end of both."""
 
 import warnings
 from collections.abc import Callable
@@ -23,15 +23,15 @@ KV = TypeVar("KV")
 NO_CACHE: Final[Any] = object()
 
 Savepoint: TypeAlias = tuple[int, Ids, int | None, Values, bool]
-"""What a failure goes back to: how many tokens; the last of them, as far as they were dropped from the history since;
-how many of them the KV cache covers, None if there is no KV cache to go back to; the values of further slots; and
-whether the last borrow failed with the KV cache in the engine's hands. A tuple, as steps make it fast."""
+"""The state to return to after a failure: how many tokens; the last of them, as far as the history has dropped them
+since; how many of them the KV cache covers, None if there is no KV cache to return to; the values of further slots; and
+whether the last borrow failed after handing out the KV cache. A tuple, as it is made fast in every step."""
 
 NOTHING: Final[Savepoint] = (0, NO_TOKENS, None, NO_VALUES, False)
 
 
 class CacheFunctions(Protocol[KV]):
-    """What the engine that has a session says of its KV cache: see `StateSlots`, which is one."""
+    """An engine's description of its KV cache: see `StateSlots`, the only implementation."""
 
     @property
     def create(self) -> Callable[[], KV]: ...
@@ -46,22 +46,22 @@ class CacheFunctions(Protocol[KV]):
 
 
 class Observer(Protocol):
-    """What is told of a session's steps: a registry."""
+    """Is told of a session's steps, as a registry is."""
 
     def committing(self, session: "Session", /) -> None:
-        """Take note of a step that is about to be committed. What this raises fails the step."""
+        """Record a step about to be committed. An error here fails the step."""
         ...
 
     def rolled_back(self, session: "Session", failure: BaseException | None, /) -> None:
-        """Take note of a step that failed, while the session is still taken."""
+        """Record a failed step, while the session is still taken."""
         ...
 
     def settled(self, session: "Session", /) -> None:
-        """Take note that a step was committed, or that the session was given back."""
+        """Record a committed step, or the end of a borrow."""
         ...
 
     def close(self, session: "Session", /) -> None:
-        """Set `session._closed`, in one instant with what it means to the observer."""
+        """Set `session._closed`, in one instant with the observer's own record of it."""
         ...
 
 
@@ -72,12 +72,12 @@ class Session(NeverCopied):
 
     The slots hold the KV cache and the token history across prefill and decode. An engine reaches them through
     `inference_session.engine.StateSlots`, one borrow at a time. A session may be handed between threads and tasks; it
-    equals itself only, and is never a copy.
+    equals only itself, and is never copied.
 
     `Session()` has a random id. As a context manager, a session closes itself at the end of the block.
     """
 
-    __module__ = "inference_session"  # where it is imported from, in pickles and in `help`
+    __module__ = "inference_session"  # the public module, for pickles and `help`
 
     _id: UUID
 
@@ -87,30 +87,30 @@ class Session(NeverCopied):
     _kv_length: int = field(init=False, repr=False)
     """How many tokens of the history the KV cache covers."""
     _key: str = field(init=False, repr=False)
-    """All that the KV cache depends on besides the tokens, as the engine calls it."""
+    """The engine's name for everything the KV cache depends on besides the tokens."""
     _values: Values = field(init=False, repr=False)
-    """What is in further slots. Copied before it's changed, if the savepoint has it."""
+    """The values of further slots. Copied before a change, if the savepoint has them."""
     _slots: CacheFunctions[Any] | None = field(init=False, repr=False)
-    """The engine that has them, from its first borrow on; None as long as nothing is committed."""
+    """The engine of this session, from its first borrow on; None as long as nothing is committed."""
 
     # The way back.
     _savepoint: Savepoint = field(init=False, repr=False)
     _savepoint_cache: Any = field(init=False, repr=False)
-    """The KV cache of the savepoint, if the engine has put another in its place since."""
+    """The KV cache of the savepoint, if the engine has replaced it since."""
     _handed_out: bool = field(init=False, repr=False)
-    """Whether the engine had its hands on the KV cache in this borrow."""
+    """Whether this borrow has handed out the KV cache to the engine."""
 
-    # Who has the session now: see `_lease`.
+    # Exclusive use: see `_lease`.
     _lease: Lease = field(init=False, repr=False)
     _writer: Lease = field(init=False, repr=False)
 
-    # How it ends.
+    # The end.
     _pid: int = field(init=False, repr=False)
-    """The process that it belongs to."""
+    """The process it belongs to."""
     _closed: bool = field(init=False, repr=False)
     _at_the_end: object = field(init=False, repr=False)
-    """Where the session was closed or passed over while it was borrowed: a weak reference whose callback settles that
-    when the lease dies, should the borrow not come to its end."""
+    """Set if the session was closed or passed over while borrowed: a weak reference, whose callback settles the matter
+    when the lease dies, in case the borrow never reaches its end."""
     _observer: Observer | None = field(init=False, repr=False)
 
     _instead = (
@@ -132,7 +132,7 @@ class Session(NeverCopied):
         return cls()
 
     @classmethod
-    def with_id(cls, id: UUID) -> "Session":  # noqa: A002 it's what it is
+    def with_id(cls, id: UUID) -> "Session":  # noqa: A002 its natural name
         """Return a new session with exactly this id, for tests and replay.
 
         Raises:
@@ -169,31 +169,32 @@ class Session(NeverCopied):
 
     @property
     def token_count(self) -> int:
-        """How many tokens the history holds, committed ones only; 0 once the state is freed. Never blocks."""
+        """How many committed tokens the history holds; 0 once the state is freed. Never blocks."""
         return self._savepoint[0]
 
     @property
     def borrowed(self) -> bool:
-        """Whether a step is under way at this moment. To decide whether to begin one, borrow: it may have changed."""
+        """Whether a step is under way at this moment. As this may change, borrow to find out whether you can."""
         holder = self._lease()
         return not (holder is None or isinstance(holder, Maintenance) or self._is_forked())
 
     @property
     def closed(self) -> bool:
-        """Whether the session was closed. An engine can ask in mid-step, to learn that it was cancelled."""
+        """Whether the session was closed. An engine can check it in mid-step, to notice a cancellation."""
         return self._closed
 
     def close(self) -> None:
         """Free the state through the engine's `release`, and refuse to be borrowed from now on.
 
-        Any thread may call it, any number of times; it never blocks. If a borrow is under way, the state is freed when
-        that ends: closing is how a server cancels. In a forked child nothing is freed, as the state is the parent's.
+        Any thread may call it, any number of times; it never blocks. If a borrow is under way, the state is freed at
+        its end: a server cancels a step by closing its session. In a forked child nothing is freed, as the state is the
+        parent's.
 
         Raises:
-            Exception: what `release` raised. The session is closed all the same, and `release` isn't called again.
+            Exception: any error of `release`. The session is closed all the same, and `release` isn't called again.
         """
         observer = self._observer
-        # A child that is still being forked may not have the observer's lock, which another thread held.
+        # In a child still being forked, the observer's lock may be held by a thread of the parent.
         if observer is None or (not _fork.pid and self._is_forked()):
             self._closed = True
         else:
@@ -219,21 +220,21 @@ class Session(NeverCopied):
         return self._pid != _fork.pid and not _fork.is_here(self._pid)
 
     def _is_empty(self) -> bool:
-        """Whether nothing is committed: no token, and no KV cache either."""
+        """Whether nothing is committed: neither tokens nor a KV cache."""
         return self._savepoint[0] == 0 and self._savepoint[2] is None
 
     def _give_back(self, failure: BaseException | None = None) -> None:
-        """End what `take` began; if the session was closed meanwhile, free its state."""
+        """Give up the lease; if the session was closed meanwhile, free its state."""
         if self._is_empty():
-            self._slots = None  # any engine may begin it
+            self._slots = None  # any engine may begin it next
         self._handed_out, self._lease = False, nobody
         if self._closed or self._observer is not None:
             self._settle(failure)
 
     def _maintain(self, work: Callable[[], None]) -> bool:
-        """Do something with the session taken, unless somebody has it, and return whether that was done.
+        """Take the session and do some work, unless it is taken already; return whether the work was done.
 
-        If there is work to undo, or this work fails, that is left to the next to take the session.
+        Leftovers of a dead lease, and of this work if it fails, remain for the next borrow to undo.
         """
         holder: Maintenance | None = Maintenance()
         try:
@@ -247,7 +248,7 @@ class Session(NeverCopied):
             holder = None  # a traceback must not keep the lease alive
 
     def _free(self, failure: BaseException | None = None) -> None:
-        """Let go of the state, unless a borrow is under way: that one comes here when it ends."""
+        """Free the state; if a borrow is under way, its end does so."""
         if self._is_forked():
             return
         while not self._maintain(lambda: self._let_go(failure)):
@@ -255,11 +256,11 @@ class Session(NeverCopied):
                 return
 
     def _settle_at_the_end(self) -> bool:
-        """Settle what the present borrow leaves even if it has no end; return False if its lease is dead already."""
+        """Settle once the present borrow is over, even if its end never runs; return False if its lease is dead."""
         lease = self._lease
 
         def died(_: object) -> None:
-            replace(self, lease, expired)  # CPython 3.15 tells of its death a little before
+            replace(self, lease, expired)  # CPython 3.15 calls this a little before it dies
             self._settle()
 
         try:
@@ -276,7 +277,7 @@ class Session(NeverCopied):
             observer.settled(self)
 
     def _let_go(self, failure: BaseException | None = None) -> None:
-        """Release all KV caches, and forget the tokens. If this is interrupted, it can be begun again."""
+        """Release all KV caches, and forget the tokens. If interrupted, it can be started again."""
         try:
             self._release_caches(failure)
         finally:
@@ -296,9 +297,9 @@ class Session(NeverCopied):
         return self._kv_cache is not self._no_cache or self._savepoint_cache is not self._no_cache
 
     def _release_cache(self, writer: Lease, failure: BaseException | None = None) -> None:
-        """Let go of the KV cache, so that all tokens become pending.
+        """Release the KV cache, which makes all tokens pending.
 
-        An exception from `release` becomes a note on the failure that led here, if one did.
+        An exception from `release` becomes a note on the failure that led here, if there is one.
         """
         release = self._release_of(self._slots)
         if release is None or self._kv_cache is self._no_cache:
@@ -320,8 +321,8 @@ class Session(NeverCopied):
         else:
             release(self._take_out_savepoint_cache(writer))
 
-    # What is taken out goes straight to `release`, so that no frame of a traceback has it among its variables, and
-    # no interrupt comes in between.
+    # A cache goes straight from here to `release`, so no frame of a traceback has it among its variables, and no
+    # interrupt comes in between.
 
     def _take_out_cache(self, writer: Lease) -> Any:
         if self._writer is not writer:
@@ -344,7 +345,7 @@ class Session(NeverCopied):
             self._savepoint_cache, self._savepoint = self._no_cache, left
         return cache
 
-    # A module's globals may be None when the interpreter ends. So what a finalizer comes to has them in another way.
+    # A module's globals may be None when the interpreter exits, so finalizers use class attributes and defaults.
 
     _no_cache = NO_CACHE
     _nothing = NOTHING
@@ -354,7 +355,7 @@ class Session(NeverCopied):
     def _release_of(
         self, slots: CacheFunctions[KV] | None, getpid: Callable[[], int] = getpid
     ) -> Callable[[KV], object] | None:
-        """Return what gives a KV cache back; none does in a forked child, where they are the parent's."""
+        """Return the engine's `release`, if any; None in a forked child, whose KV caches are the parent's."""
         return None if slots is None or self._pid != getpid() else slots.release
 
     @shown_without_arguments
@@ -367,21 +368,21 @@ class Session(NeverCopied):
             return
         if slots is None or self._pid != getpid():
             return
-        self._lease = self._nobody  # whatever has it is garbage, too
+        self._lease = self._nobody  # its holder is garbage, too
         try:
             if self._holds_cache() and slots.release is not None and not self._closed:
                 warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
         finally:
-            self._closed = True  # a warning that is recorded keeps the session
+            self._closed = True  # a recorded warning keeps the session alive
             self._let_go()
 
 
 class Maintenance:
-    """What a lease refers to while the library itself has a session, to close or to evict it."""
+    """Referent of a lease while the library itself has a session, to close or to evict it."""
 
 
-def not_a_uuid(id: object) -> TypeError:  # noqa: A002 it's what it is
-    """Return the error for something that should be an id."""
+def not_a_uuid(id: object) -> TypeError:  # noqa: A002 its natural name
+    """Return the error for an id of another type."""
     return TypeError(
         f"id must be a uuid.UUID, got {type(id).__name__!r}; UUID(text) makes one from a string"
     )

@@ -21,12 +21,12 @@ def _is_callable(slot: object, attribute: "Attribute[Any]", factory: object) -> 
 class Slot(NeverCopied, Generic[T]):
     """A typed key for one more value in the state of each session, beside the KV cache and the tokens.
 
-    Make one where a module begins, as a `contextvars.ContextVar`; then `state[slot]` is a session's value, and
+    Make one at module level, like a `contextvars.ContextVar`; then `state[slot]` is a session's value, and
     `state[slot] = value` sets it. Values are committed and rolled back with the tokens. They survive `evict` and
-    `rewind`, and go when the session is closed. A value that is changed in place is not rolled back: set a new one.
+    `rewind`, and go when the session is closed. Changes in place are not rolled back: set a new value instead.
 
     Args:
-        factory: returns a session's first value, when that is first asked for.
+        factory: returns a session's first value, on first use.
     """
 
     __module__ = "inference_session.engine"

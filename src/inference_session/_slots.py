@@ -1,4 +1,4 @@
-"""How an engine describes its KV cache, and reaches the state of a session."""
+"""An engine's description of its KV cache, and its access to the state of sessions."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -24,28 +24,27 @@ def _is_callable(slots: object, attribute: "Attribute[Any]", function: object) -
 class StateSlots(NeverCopied, Generic[KV]):
     """An engine's access to the state of its sessions: typed, exclusive and atomic.
 
-    An engine makes one, once, of plain functions that tell how its KV cache works. The type of the KV cache is that
-    which `create` returns.
+    An engine makes one, once, from plain functions that describe its KV cache. The return type of `create` is the type
+    of the KV cache.
 
-    Where the device works asynchronously (JAX, MLX), wait for it before `advance`: a failure that shows only after the
-    block has ended, or after `commit`, is not rolled back.
+    If the device works asynchronously (JAX, MLX), wait for it before `advance`: a failure reported only after `commit`,
+    or after the end of the block, is not rolled back.
 
     Args:
-        create: returns a new KV cache that covers no tokens.
-        length: returns how many tokens a KV cache covers; in all its layers, or the check is worth little. If layers
-            disagree, as after a step that failed between two of them, it returns `TORN`.
-        truncate: makes a KV cache cover at most its first n tokens, as many of them as it can, and returns it, or
-            another that takes its place. An empty one is an honest answer: what has slid out of a window, or went
-            into a recurrent state, can't be cut just anywhere. It is also asked after a failed step, when layers may
-            disagree, and when the length is n already but the step may have changed what it doesn't count. It owns
-            what it's given: if it returns another, freeing the old one is its business; if it raises, the library
-            releases the old one. Without `truncate`, a KV cache that covers too much, or that a failed step had in
-            its hands, is released and computed anew. Where KV caches are never changed in place, give one that
-            returns a KV cache of the first n.
-        release: gives back the memory or the handle that a KV cache holds. It's called once for each cache that the
-            library owns when the session lets go of it, also if it raises. As a session can be closed by any thread,
-            and dropped at any instant, it must not wait for a lock that its own thread may hold.
-        nbytes: returns how many bytes a KV cache holds, for memory budgets.
+        create: returns a new KV cache, covering no tokens.
+        length: returns how many tokens a KV cache covers. It should read all layers, or the check is worth little. If
+            they disagree, as after a step that failed between two of them, it returns `TORN`.
+        truncate: cuts a KV cache to at most its first n tokens, as many of them as possible, and returns it or a
+            replacement. Returning an empty one is fine: a window that has moved on, or a recurrent state, can't be cut
+            just anywhere. It is also called after a failed step: layers may disagree then, and even at length n, the
+            step may have changed data beyond the length. It owns its argument: if it returns a replacement, it must
+            free the old one itself; if it raises, the library releases the old one. Without `truncate`, a KV cache is
+            released and computed anew if it covers too much, or if a failed step had access to it. If your KV caches
+            are never changed in place, return one of the first n.
+        release: frees the memory or the handle of a KV cache. It is called once for each cache owned by the library,
+            when the session drops it, even if that call raises. Any thread can close a session, and a session can be
+            dropped at any instant, so it must not wait for a lock that its own thread may hold.
+        nbytes: returns the size of a KV cache in bytes, for memory budgets.
     """
 
     __module__ = "inference_session.engine"
@@ -65,14 +64,14 @@ class StateSlots(NeverCopied, Generic[KV]):
     ) -> AbstractContextManager[BorrowedState[KV], None]:
         """Borrow a session for a `with` block, which gets its `BorrowedState`.
 
-        The session is taken at once or not at all; there's no waiting. A block that ends well commits what it did; an
-        exception of whatever kind takes the session back to its last commit, and goes on to the caller.
+        The session is taken at once or not at all; there is no waiting. A block that ends normally is committed; any
+        exception takes the session back to its last commit, and propagates to the caller.
 
         Args:
             session: the session.
-            key: names all that the KV cache depends on besides the tokens, such as the adapter or the version of the
-                weights. A KV cache that was computed under another key is released, and its tokens become pending; so a
-                borrow that does not run the model needs the key, too.
+            key: names everything the KV cache depends on besides the tokens, such as an adapter or the version of the
+                weights. A KV cache computed under another key is released, and its tokens become pending; so even a
+                borrow that does not run the model needs the key.
 
         Raises:
             SessionBusyError: if it is borrowed already.
@@ -80,7 +79,7 @@ class StateSlots(NeverCopied, Generic[KV]):
             SessionOwnerError: if another `StateSlots` began it.
             SessionForkedError: if it was inherited over `os.fork`.
             StateMismatchError: at the end of the block, if the KV cache doesn't cover `kv_length` tokens; the block is
-                rolled back then.
+                then rolled back.
         """
         return BorrowedState(session, self, key)
 
@@ -89,14 +88,14 @@ class StateSlots(NeverCopied, Generic[KV]):
     ) -> AbstractContextManager[list[BorrowedState[KV]], None]:
         """Borrow a whole batch of sessions, or none of it, for a `with` block, which gets their states in order.
 
-        What happens to one happens to all: an exception takes every session of the batch back to its last commit.
+        An exception takes every session of the batch back to its last commit.
 
         Args:
             sessions: the sessions.
             key: as for `borrow`, for all of them.
 
         Raises:
-            SessionBusyError: as `borrow`, and if a session is twice in the batch.
+            SessionBusyError: as `borrow`, and if a session is in the batch twice.
             SessionClosedError, SessionOwnerError, SessionForkedError, StateMismatchError: as `borrow`.
         """
         return BorrowedBatch([BorrowedState(session, self, key) for session in sessions])

@@ -1,7 +1,7 @@
 """Token ids: checked on the way in, compared at the speed of memory, never shown.
 
-An error must not show them either, and a traceback keeps the variables of every frame that it passed. So a frame that
-has tokens among its variables deletes them before it lets an error out.
+Errors must not show them either, and a traceback keeps the variables of every frame on its way. So a frame with tokens
+in its variables deletes them before it lets an error out.
 """
 
 from array import array
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     Ids: TypeAlias = array[int]
     """Token ids as C ints, four bytes a token."""
     Tokens: TypeAlias = Ids | memoryview[int]
-    """The same as others may give them, not yet known to be no less than 0."""
+    """The same from a caller, perhaps with negative ones."""
 else:
-    Ids = array  # which has no type parameter before 3.12
+    Ids = array  # no type parameter before 3.12
     Tokens = array | memoryview
 
 NO_TOKENS: Final[Ids] = array("i")  # shared, so never written to
@@ -31,10 +31,10 @@ _LONGEST_SLICE: Final = 8192  # 32 KiB: fits the caches, and the allocator keeps
 
 
 def as_tokens(tokens: Iterable[int]) -> Tokens:
-    """Return the tokens as C ints: themselves if that's what they are, else converted.
+    """Return the tokens as C ints: unchanged if they are such already, else converted.
 
     Raises:
-        TypeError: if `tokens` can't be iterated over.
+        TypeError: if `tokens` isn't iterable.
         ValueError: if one of them isn't an int, or is out of a C int's range; or if they are bytes or bools.
     """
     try:
@@ -49,7 +49,7 @@ def as_tokens(tokens: Iterable[int]) -> Tokens:
 
 
 def checked_copy(tokens: Iterable[int]) -> Ids:
-    """Return a copy of the tokens; errors as those of `as_tokens`, and ValueError if one of them is negative."""
+    """Return a copy of the tokens; raise as `as_tokens` does, and ValueError if one of them is negative."""
     try:
         if isinstance(tokens, (list, tuple)):
             return checked(_converted(tokens))
@@ -59,13 +59,13 @@ def checked_copy(tokens: Iterable[int]) -> Ids:
 
 
 def copy_of(tokens: Tokens) -> Ids:
-    """Return a copy, which no other thread changes."""
+    """Return a copy, out of reach of other threads."""
     return array("i", tokens.tobytes())
 
 
 def checked(ids: Ids, start: int = 0) -> Ids:
-    """Return the very tokens, which begin at position `start`; ValueError if one of them is negative."""
-    # A C int is negative if its highest bit is set; to look at it without making ints is 30 times as fast, for many.
+    """Return the same tokens, the first at position `start`; ValueError if one of them is negative."""
+    # A C int is negative if its highest bit is set. For many, testing it without making ints is 30 times as fast.
     if ids[0] >= 0 if len(ids) == 1 else ids.tobytes()[_HIGHEST_BYTE::_SIZE].isascii():
         return ids
     position = sum(1 for _ in takewhile(_is_token, ids))
@@ -74,9 +74,9 @@ def checked(ids: Ids, start: int = 0) -> Ids:
 
 
 def common_prefix_length(history: Ids, tokens: Tokens) -> int:
-    """Return how many tokens both have in common from the start on.
+    """Return the length of the longest common prefix.
 
-    Slices are compared, as memory: ever longer ones up to the first that differs, then halves of that one.
+    Slices are compared, as memory: ever longer ones until one differs, then halves of that slice.
     """
     same, end, step = 0, min(len(history), len(tokens)), 16
     while True:
@@ -100,7 +100,7 @@ def _converted(tokens: list[int] | tuple[int, ...]) -> Ids:
         return array("i", tokens)
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 whatever the `__index__` of one of them raises
+    except Exception:  # noqa: BLE001 from the `__index__` of any of them
         position = sum(1 for _ in takewhile(_is_token, tokens))
     finally:
         del tokens
@@ -108,25 +108,24 @@ def _converted(tokens: list[int] | tuple[int, ...]) -> Ids:
 
 
 def _c_ints(tokens: Iterable[int]) -> "memoryview[int] | None":
-    """Return the memory of a buffer of C ints."""
+    """Return the memory of a buffer of C ints, or None."""
     try:
         view = memoryview(cast("ReadableBuffer", tokens))
     except TypeError:  # not a buffer: an iterator, a tensor of PyTorch, ...
         return None
     if view.format != "i" or view.ndim != 1 or not view.c_contiguous:
         return None
-    return (
-        None if hasattr(tokens, "mask") else view
-    )  # what a masked array of NumPy's hides is in its memory
+    # A masked array of NumPy has its hidden elements in memory, too.
+    return None if hasattr(tokens, "mask") else view
 
 
 def _listed(tokens: Iterable[int]) -> list[int]:
-    """Return a list of what holds ints in another way."""
+    """Return the ints of any other iterable as a list."""
     kind, ids, tolist = type(tokens).__name__, list[int](), None
     try:
         if isinstance(tokens.obj if isinstance(tokens, memoryview) else tokens, (bytes, bytearray)):
             raise ValueError(f"token ids must be ints, not the bytes of a {kind!r}")  # noqa: TRY004
-        tolist = getattr(tokens, "tolist", None)  # where there is one, it's faster than iterating
+        tolist = getattr(tokens, "tolist", None)  # faster than iterating
         try:
             iterator = iter(cast("Iterable[int]", tokens if tolist is None else tolist()))
         except TypeError:
@@ -142,7 +141,7 @@ def _listed(tokens: Iterable[int]) -> list[int]:
 
 
 def _bad_token(position: int) -> ValueError:
-    """Return the error for tokens of which one is no token id; it says which, not what it is."""
+    """Return the error for an invalid token id; it shows the position, not the value."""
     return ValueError(
         f"token ids must be ints from 0 to 2**31 - 1, but the one at position {position} is not"
     )
@@ -151,5 +150,5 @@ def _bad_token(position: int) -> ValueError:
 def _is_token(token: int) -> bool:
     try:
         return 0 <= index(token) < 2**31
-    except Exception:  # noqa: BLE001 whatever its `__index__` raises
+    except Exception:  # noqa: BLE001 from its `__index__`
         return False

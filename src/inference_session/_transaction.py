@@ -1,8 +1,8 @@
-"""What can be done to a session's slots, and the way back to the savepoint.
+"""All changes to a session's slots, and the way back to the savepoint.
 
-Whoever calls has the session, and says as which writer: if that one has ended meanwhile, nothing is written (`_lease`
-tells why). An exception can strike at any instant, and must leave nothing torn: assignments that belong together stand
-in one statement, and what an engine's function returns is stored in the turn of the loop that calls it.
+The caller has the session, and passes its lease as the writer: once that is no longer the session's writer, nothing is
+written (`_lease` explains why). An exception can arrive at any instant, and must leave nothing torn: assignments that
+belong together share one statement, and the result of an engine's function is stored in the same turn of a loop.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from inference_session.exceptions import BorrowExpiredError, StateMismatchError
 def check_length(
     session: Session, slots: CacheFunctions[Any], writer: Lease, expected: int, where: str
 ) -> None:
-    """Raise StateMismatchError if the KV cache does not cover as many tokens as it should."""
+    """Raise StateMismatchError if the KV cache does not cover as many tokens as expected."""
     length = 0 if session._kv_cache is NO_CACHE else slots.length(session._kv_cache)
     if session._writer is not writer:
         raise BorrowExpiredError(session._id)
@@ -29,9 +29,9 @@ def check_length(
 
 
 def _mismatch(session: Session, expected: int, length: int, where: str) -> StateMismatchError:
-    """Return the error for a KV cache of the wrong length; TypeError if that isn't even an int.
+    """Return the error for a KV cache of the wrong length; raise TypeError if that isn't even an int.
 
-    Nobody knows what such a cache holds, so a rollback won't keep it.
+    The contents of such a cache are unknown, so a rollback won't keep it.
     """
     if session._savepoint_cache is NO_CACHE:
         session._savepoint = _covering(session._savepoint, None)
@@ -39,7 +39,7 @@ def _mismatch(session: Session, expected: int, length: int, where: str) -> State
 
 
 def change_key(session: Session, writer: Lease, key: str) -> None:
-    """Let go of the KV cache, which was computed under another key."""
+    """Set the key, and release the KV cache, computed under another one."""
     if not isinstance(key, str):
         raise TypeError(f"key must be a str, got {type(key).__name__!r}")
     session._release_cache(writer)
@@ -49,7 +49,7 @@ def change_key(session: Session, writer: Lease, key: str) -> None:
 
 
 def create_cache(session: Session, slots: CacheFunctions[Any], writer: Lease) -> None:
-    """Make a KV cache where there is none."""
+    """Give the session the KV cache it lacks."""
     for cache in starmap(slots.create, ONCE):
         mine = session._writer is writer
         if mine:
@@ -72,7 +72,7 @@ def create_cache(session: Session, slots: CacheFunctions[Any], writer: Lease) ->
 
 
 def replace_cache(session: Session, writer: Lease, cache: object) -> None:
-    """Put another KV cache in the place of the present one, which is kept if it is the savepoint's."""
+    """Replace the present KV cache; it is kept if it is the savepoint's, and else released."""
     release = session._release_of(session._slots)
     if session._writer is not writer:
         raise BorrowExpiredError(session._id)
@@ -93,7 +93,7 @@ def replace_cache(session: Session, writer: Lease, cache: object) -> None:
 
 
 def cut_cache(session: Session, slots: CacheFunctions[Any], writer: Lease, length: int) -> None:
-    """Have the KV cache cover `length` tokens at most: as many as it can."""
+    """Cut the KV cache to at most `length` tokens, as many of them as it can keep."""
     if session._kv_length <= length:
         return
     if slots.truncate is None:
@@ -107,9 +107,9 @@ def cut_cache(session: Session, slots: CacheFunctions[Any], writer: Lease, lengt
 
 
 def rewrite(session: Session, writer: Lease, length: int, tokens: Ids) -> None:
-    """Put `tokens` in the place of all that comes after the first `length` tokens of the history.
+    """Replace all but the first `length` tokens of the history by `tokens`.
 
-    Committed tokens that go are moved to the savepoint.
+    Committed tokens are moved to the savepoint.
     """
     count, dropped, covered, values, failed = session._savepoint
     dropped = session._token_history[length : count - len(dropped)] + dropped
@@ -120,7 +120,7 @@ def rewrite(session: Session, writer: Lease, length: int, tokens: Ids) -> None:
 
 
 def copy_values(session: Session, writer: Lease) -> None:
-    """Leave what is in further slots to the savepoint, so that a copy of it can be changed."""
+    """Leave the values of further slots to the savepoint, and make a copy to change."""
     try:
         values = session._values.copy()
         if session._writer is not writer:
@@ -131,7 +131,7 @@ def copy_values(session: Session, writer: Lease) -> None:
 
 
 def new_savepoint(session: Session, slots: CacheFunctions[Any], writer: Lease) -> Savepoint:
-    """Return a savepoint of the present state, if the KV cache covers what it should. Store it at once."""
+    """Return a savepoint of the present state, if the KV cache has the right length. Store it at once."""
     length = 0 if session._kv_cache is NO_CACHE else slots.length(session._kv_cache)
     if length != session._kv_length:
         if session._writer is writer:
@@ -150,7 +150,7 @@ def new_savepoint(session: Session, slots: CacheFunctions[Any], writer: Lease) -
 def roll_back(
     session: Session, slots: CacheFunctions[Any], failure: BaseException | None = None
 ) -> None:
-    """Go back to the savepoint, when no block is a writer any more. If this is interrupted, it can be begun again."""
+    """Return to the savepoint, once no block is a writer any more. If interrupted, it can be started again."""
     _restore_tokens(session)
     replaced = session._savepoint_cache is not NO_CACHE
     if replaced:
@@ -165,14 +165,14 @@ def roll_back(
 
 
 def _restore_tokens(session: Session) -> None:
-    """Bring back the tokens of the savepoint, and what was in further slots."""
+    """Restore the tokens of the savepoint, and the values of further slots."""
     count, dropped, covered, values, failed = session._savepoint
     session._token_history[count - len(dropped) :] = dropped
     session._savepoint, session._values = (count, NO_TOKENS, covered, values, failed), values
 
 
 def recover(session: Session) -> None:
-    """Undo what a lease that has died left in the session. Nothing of it can write any more."""
+    """Undo the leftovers of a dead lease. Nothing can write under it any more."""
     session._writer = nobody
     if session._slots is not None:
         roll_back(session, session._slots)
@@ -180,13 +180,13 @@ def recover(session: Session) -> None:
 
 
 def _restored(session: Session, slots: CacheFunctions[Any], *, replaced: bool) -> bool:
-    """Bring the KV cache back to what it covered at the savepoint, or less; return False if it can't be trusted.
+    """Cut the KV cache back to its length at the savepoint, or less; return False if it can't be trusted.
 
-    - A cache that the engine had no hands on in this borrow is as it was.
-    - One that was `replaced`, by a functional engine, should be as it was, which its length confirms.
-    - Any other has a length that proves nothing: a step that failed may have written into what the length doesn't
-      count, a recurrent state for one. Only `truncate` knows how to take that back.
-    - If the borrow before failed as well, it may be the cache's fault.
+    - A cache not handed out in this borrow is as it was.
+    - One `replaced` by a functional engine should be as it was; its length confirms it.
+    - The length of any other proves nothing: a failed step may have written to parts it doesn't count, such as a
+      recurrent state. Only `truncate` can undo this.
+    - If the borrow before failed as well, the cache may be at fault.
     """
     covered, failed = session._savepoint[2], session._savepoint[4]
     if covered is None or failed:
@@ -212,9 +212,9 @@ def _truncate_cache(
     writer: Lease,
     length: int,
 ) -> None:
-    """Truncate the KV cache, which meanwhile is nobody's but `truncate`'s: the session has none.
+    """Truncate the KV cache, which meanwhile belongs to `truncate` alone: the session has none.
 
-    If that fails, the session has it again, but not to be trusted: whoever calls lets go of it.
+    If this fails, the session has the cache again, but can't trust it: the caller releases it.
     """
     covered = session._savepoint[2]
     cache = session._take_out_cache(writer)
@@ -247,7 +247,7 @@ def _truncate_cache(
 
 
 def _covering(savepoint: Savepoint, covered: int | None) -> Savepoint:
-    """Return the same savepoint, whose KV cache covers so many tokens."""
+    """Return the savepoint with another number of tokens covered by its KV cache."""
     count, dropped, _, values, failed = savepoint
     return (count, dropped, covered, values, failed)
 
@@ -255,7 +255,7 @@ def _covering(savepoint: Savepoint, covered: int | None) -> Savepoint:
 def _truncated_length(
     session: Session, slots: CacheFunctions[Any], writer: Lease, most: int
 ) -> int:
-    """Return how many tokens the KV cache covers now: any number up to `most`, else StateMismatchError."""
+    """Return how many tokens the KV cache covers now; raise StateMismatchError if more than `most`."""
     kept = index(slots.length(session._kv_cache))
     if not 0 <= kept <= most:
         if session._writer is not writer:
@@ -265,7 +265,7 @@ def _truncated_length(
 
 
 def _release_made(session: Session, slots: CacheFunctions[Any], cache: object) -> None:
-    """Release what the engine has just made, or was about to change, for a borrow that has ended or failed."""
+    """Release a cache the engine has just made, or was about to change, as the borrow has ended or failed."""
     release = session._release_of(slots)
     try:
         if release is not None:

@@ -1,4 +1,4 @@
-"""For engine developers: access to the state of sessions, and the interface that applications see."""
+"""For engine developers: access to the state of sessions, and the interface for applications."""
 
 from inference_session._borrow import BorrowedState
 from inference_session._engine import DecodeResult, Engine, PrefillResult

@@ -1,7 +1,7 @@
 """Every error of the library, under one root.
 
-Wrong arguments raise `TypeError` and `ValueError`, as everywhere in Python; the errors here are about the state a
-session is in. None of them ever shows a token or any part of a KV cache, and all of them can be pickled.
+Wrong arguments raise `TypeError` and `ValueError`, as everywhere in Python; the errors here are about the state of a
+session. None of them ever shows a token or any part of a KV cache, and all of them can be pickled.
 """
 
 import sys
@@ -32,7 +32,7 @@ class SessionError(Exception):
     """
 
     _message: ClassVar[str] = ""
-    """What it says, with the error's attributes in braces."""
+    """The message, with the error's attributes in braces."""
 
     def __str__(self) -> str:
         return self._message.format(self) or super().__str__()
@@ -48,7 +48,7 @@ class SessionBusyError(_OneSessionError):
     """The session is borrowed already: another step of it is under way.
 
     You do *not* get it for a session whose last step failed, was cancelled or was interrupted: its borrow is over.
-    A borrow never waits, so a caller that wants to must do so before it borrows.
+    A borrow never waits; if you want to, wait before you borrow.
     """
 
     _message = "session {0.session_id} is borrowed already; try again when that step has ended"
@@ -57,8 +57,8 @@ class SessionBusyError(_OneSessionError):
 class SessionClosedError(_OneSessionError):
     """The session was closed and can't be borrowed any more.
 
-    You do *not* get it in a borrow that was under way when the session was closed, but for `BorrowedState.chunks`: that
-    borrow goes on to its end, and the state is freed then. Nor from a second `Session.close()`.
+    You do *not* get it in a borrow already under way when the session is closed, except from `BorrowedState.chunks`:
+    the borrow goes on to its end, and the state is freed then. Nor from a second `Session.close()`.
     """
 
     _message = "session {0.session_id} is closed; go on in a new one, fed the same tokens"
@@ -67,7 +67,7 @@ class SessionClosedError(_OneSessionError):
 class SessionOwnerError(_OneSessionError):
     """The session was begun by another `StateSlots`, whose KV cache it holds.
 
-    You do *not* get it for a session that holds nothing: any engine may begin an empty one.
+    You do *not* get it for an empty session: any engine may begin one.
     """
 
     _message = (
@@ -79,7 +79,7 @@ class SessionOwnerError(_OneSessionError):
 class SessionForkedError(_OneSessionError):
     """The session was inherited over `os.fork`; only the process that made it may use it.
 
-    You do *not* get it for sessions that the child process made, nor ever in the parent.
+    You do *not* get it for sessions made by the child process, nor ever in the parent.
     """
 
     _message = (
@@ -89,7 +89,7 @@ class SessionForkedError(_OneSessionError):
 
 
 class BorrowExpiredError(_OneSessionError):
-    """The `with` block that borrowed this state is over (or was not entered), and with it the right to use the state.
+    """The `with` block that borrowed this state is over (or was never entered), and so is the right to use the state.
 
     You do *not* get it because the session was closed during the block: the borrow lasts until the block ends.
     """
@@ -100,7 +100,7 @@ class BorrowExpiredError(_OneSessionError):
 
 
 TORN: Final = sys.maxsize
-"""The length of a KV cache whose layers don't agree, as after a step that failed between two of them."""
+"""The length of a KV cache whose layers disagree, as after a step that failed between two of them."""
 
 _ADVICE: Final = {
     "create": "create must return a KV cache that covers no tokens",
@@ -112,12 +112,12 @@ _ADVICE: Final = {
 
 @define(eq=False, slots=False)
 class StateMismatchError(_OneSessionError):
-    """The KV cache does not cover as many tokens as it should, by the engine's own `length`.
+    """The KV cache does not cover as many tokens as expected, by the engine's own `length`.
 
-    The engine fed other tokens than it said, `length` does not tell the truth (does it read *all* layers?), or
-    `create` or `truncate` did not do what they should. A rollback releases that KV cache, whatever its length is then.
-    You do *not* get it when a KV cache can't be rolled back after a failed step: that one is released as well, and the
-    next step computes it anew. Nor from a `truncate` that keeps fewer tokens than it could.
+    The engine fed other tokens than it declared, `length` is wrong (does it read *all* layers?), or `create` or
+    `truncate` broke its contract. A rollback releases that KV cache, whatever its length by then. You do *not* get it
+    when a KV cache can't be rolled back after a failed step: it is released as well, and the next step computes it
+    anew. Nor from a `truncate` that keeps fewer tokens than it could.
     """
 
     expected: int
@@ -125,7 +125,7 @@ class StateMismatchError(_OneSessionError):
     actual: int
     """How many it covers, by `length`."""
     where: str = ""
-    """Where that was seen: "create", "advance", "commit" (also the one at the end of a block) or "truncate"."""
+    """Where it was detected: "create", "advance", "commit" (also at the end of a block) or "truncate"."""
 
     def __str__(self) -> str:
         seen = f"{self.where}: " if self.where else ""
@@ -141,8 +141,8 @@ class StateMismatchError(_OneSessionError):
 class SessionNotFoundError(_OneSessionError, KeyError):
     """The registry has no open session with this id.
 
-    It was never opened there, or it was closed since: by anyone, for being idle, or to make room for another. You do
-    *not* get it because a KV cache was evicted: that session is still there, with all of its tokens.
+    It was never opened there, or has been closed since: by anyone, as idle, or to make room for another. You do *not*
+    get it because a KV cache was evicted: the session is still there, with all of its tokens.
     """
 
     _message = (
@@ -154,7 +154,7 @@ class SessionNotFoundError(_OneSessionError, KeyError):
 class SessionExistsError(_OneSessionError):
     """The registry has an open session with this id already.
 
-    You do *not* get it for the id of a session that was closed, even if a borrow of that one is still under way.
+    You do *not* get it for the id of a closed session, even if a borrow of it is still under way.
     """
 
     _message = "there is an open session {0.session_id} already; look it up, or close it first"
@@ -162,9 +162,9 @@ class SessionExistsError(_OneSessionError):
 
 @define(eq=False, slots=False)
 class RegistryFullError(SessionError):
-    """The registry has as many sessions as it may have, and all of them were borrowed at one and the same instant.
+    """The registry has as many sessions as it may have, and all of them were borrowed at the same instant.
 
-    You do *not* get it while one of them isn't borrowed: the least recently used of those is closed to make room.
+    You do *not* get it while one of them isn't borrowed: the least recently used of these is closed to make room.
     """
 
     max_sessions: int
