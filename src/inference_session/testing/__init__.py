@@ -1,6 +1,6 @@
-"""For engine developers' test suites: checks of whether an engine keeps the state of its sessions right.
+"""For engine developers' test suites: checks that an engine keeps the state of its sessions right.
 
-It needs nothing of an engine but the `inference_session.engine.Engine` protocol, and the extra `testing`:
+The engine needs nothing but the `inference_session.engine.Engine` protocol; you need the extra `testing`:
 `pip install "inference-session[testing]"`.
 """
 
@@ -19,4 +19,4 @@ from inference_session.testing._kit import check_engine, parametrize_with_checks
 
 __all__ = ["check_engine", "parametrize_with_checks"]
 
-del hypothesis, pytest  # needed by others; nothing to offer here
+del hypothesis, pytest  # imported above only to check for them

@@ -1,4 +1,4 @@
-"""Book-keeping of KV caches: each is made once, is one session's only, and is released once."""
+"""Book-keeping of KV caches: each is made once, belongs to one session, and is released once."""
 
 from collections.abc import Hashable, Iterable
 from typing import Any
@@ -11,14 +11,14 @@ from inference_session._session import NO_CACHE
 
 @define(eq=False)
 class CacheBook:
-    """The KV caches of an engine that must still be released."""
+    """An engine's KV caches still to be released."""
 
     mistakes: list[str] = field(init=False, factory=list[str])
-    """What should never happen to a KV cache, in words."""
+    """Descriptions of misused KV caches."""
     live: dict[Hashable, object] = field(init=False, factory=dict[Hashable, object])
 
     def write(self, function: str, args: tuple[Any, ...], result: object) -> None:
-        """Take note of what one of the engine's functions returned."""
+        """Record the result of one of the engine's functions."""
         if function == "create":
             self._made(function, result)
         elif function == "truncate":
@@ -28,12 +28,12 @@ class CacheBook:
             self._made(function, result)
 
     def released(self, cache: object) -> None:
-        """Take note of a KV cache that is about to be released."""
+        """Record a KV cache about to be released."""
         if self.live.pop(key(cache), NO_CACHE) is NO_CACHE:
             self.mistakes.append("`release` was called for a KV cache that was released before")
 
     def adopt(self, cache: object) -> None:
-        """Take note of a KV cache that a step returned."""
+        """Record a KV cache returned by a step."""
         self.live[key(cache)] = cache
 
     def _made(self, function: str, cache: object) -> None:
@@ -42,18 +42,18 @@ class CacheBook:
         self.live[key(cache)] = cache
 
     def left_over(self, sessions: Iterable[Session]) -> bool:
-        """Whether there are KV caches that none of the sessions has."""
+        """Whether there are KV caches without a session."""
         return not self.live.keys() <= {
             key(cache) for session in sessions for cache in held(session)
         }
 
 
 def key(cache: object) -> Hashable:
-    """Return what tells a KV cache from others: its value, if it's a handle, which can be used again."""
+    """Return the identity of a KV cache; its value, if it's a handle, as handles can be used again."""
     return cache if isinstance(cache, (int, str, bytes)) else (id(cache),)
 
 
 def held(session: Session) -> list[object]:
-    """Return the KV caches that a session holds."""
+    """Return the KV caches held by a session."""
     caches = session._kv_cache, session._savepoint_cache
     return [cache for cache in caches if cache is not NO_CACHE]

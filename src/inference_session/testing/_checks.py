@@ -1,6 +1,6 @@
-"""The checks: each is one promise, and a way to break it that Hypothesis looks for.
+"""The checks: one promise each, and a test by which Hypothesis tries to break it.
 
-The first line of a docstring is the promise; it is shown when it's broken.
+The first line of a check's docstring is its promise, and is shown when it's broken.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,13 +30,13 @@ Function: TypeAlias = Callable[[Run], None]
 
 @frozen
 class Check:
-    """A promise that can be checked."""
+    """A promise, and its test."""
 
     name: str
     promise: str
     run: Function
     vacuous: str = ""
-    """What is said if what the check is about never happens."""
+    """The reason for skipping the check if its subject never happens."""
 
 
 CHECKS: Final[dict[str, Check]] = {}
@@ -49,7 +49,7 @@ def check(function: Function) -> Function:
 
 
 def about(vacuous: str = "") -> Callable[[Function], Function]:
-    """Make a function a check of something that must happen at least once."""
+    """Make a function a check whose subject must happen at least once."""
 
     def register(function: Function) -> Function:
         promise = (function.__doc__ or "").partition("\n")[0]
@@ -59,7 +59,7 @@ def about(vacuous: str = "") -> Callable[[Function], Function]:
     return register
 
 
-# What a session is fed, and what it answers
+# Input and output
 
 
 @check
@@ -90,7 +90,7 @@ def replay_gives_the_same_tokens(run: Run) -> None:
 
 @check
 def prefill_in_pieces(run: Run) -> None:
-    """A prompt may be prefilled in pieces, of whatever sizes, before and after a decode."""
+    """A prompt may be prefilled in pieces of any size, before and after a decode."""
     talk = run.open()
     for _ in range(run.choose.number(1, 4)):
         run.prefill(talk, run.choose.tokens(1, 6))
@@ -102,7 +102,7 @@ def prefill_in_pieces(run: Run) -> None:
 
 @check
 def decode_from_the_cache(run: Run) -> None:
-    """What is decoded from the KV cache is what would be computed from all tokens anew."""
+    """Decoding from the KV cache gives the same tokens as computing all of it anew."""
     cached, evicted = run.open(), run.open()
     tokens = run.choose.tokens(1, 12)
     run.prefill(cached, tokens)
@@ -125,7 +125,7 @@ def sessions_interleaved(run: Run) -> None:
         run.step(talk, prefill(tokens) if tokens else DECODE)
 
 
-# Steps that fail
+# Failing steps
 
 
 def fail_steps(
@@ -136,7 +136,7 @@ def fail_steps(
     shortest: int = 1,
     only_decode: bool = False,
 ) -> None:
-    """Let steps fail at some events, before or after they first advanced, with each kind of error, and go on."""
+    """Make steps fail at some events, before or after they first advanced, with each kind of error, and go on."""
     talk, other = run.open(), run.open()
     run.prefill(other, run.choose.tokens(1, 4))
     run.decode(other)
@@ -153,7 +153,7 @@ def fail_steps(
             run.step(talk, step)
 
     for error, decode in product(ERRORS, (True, False)):
-        # Hypothesis leaves out what isn't needed to show a failure.
+        # Hypothesis leaves out all steps not needed to show a failure.
         if run.choose.number(0, 7) and (talk.history if decode else not only_decode):
             fail(error(), decode=decode)
     if not run.proofs:
@@ -165,7 +165,7 @@ def fail_steps(
 def a_fault(
     run: Run, events: Sequence[str], error: BaseException, *, advanced: bool | None = None
 ) -> Fault:
-    """Choose one of some events to raise an error."""
+    """Raise an error at one of some events."""
     chosen = run.choose.one_of(events)
 
     def at(event: Event) -> bool:
@@ -175,14 +175,14 @@ def a_fault(
 
 
 def a_step(run: Run, talk: Talk) -> Step:
-    """Choose a step that is possible."""
+    """Choose a possible step."""
     if talk.history and run.choose.flag():
         return DECODE
     return a_prefill(run, talk)
 
 
 def a_prefill(run: Run, talk: Talk, shortest: int = 1) -> Step:
-    """Choose some tokens to prefill; fewer than usual, if there isn't much room left."""
+    """Choose some tokens to prefill; fewer than usual if there is little room left."""
     longest = min(shortest + 7, max(talk.room // 8, 1))
     return prefill(run.choose.tokens(min(shortest, longest), longest))
 
@@ -306,7 +306,7 @@ def two_threads_on_one_session(run: Run) -> None:
     run.decode(talk)
 
 
-# The end of sessions
+# Closing
 
 
 @check
@@ -376,7 +376,7 @@ def id_used_again_after_close(run: Run) -> None:
         run.decode(second)
 
 
-# What must be refused
+# Refusals
 
 
 @check
@@ -463,14 +463,14 @@ def any_reuse(run: Run, talk: Talk, tokens: list[int], number: int) -> None:
 
 
 def any_failure(run: Run, talk: Talk, tokens: list[int], number: int) -> None:
-    """Let a step fail."""
+    """Make a step fail."""
     step = DECODE if talk.history and number % 2 else prefill(tokens)
     if talk.room >= len(tokens):
         fail_step(run, talk, step, Fault(can_fail, number, ERRORS[number % len(ERRORS)]()))
 
 
 def any_bad_tokens(run: Run, talk: Talk, tokens: list[int], number: int) -> None:
-    """Prefill what must be refused."""
+    """Prefill a token outside the vocabulary."""
     run.refuse(talk, prefill([*tokens, run.choose.vocab_size + number]), ValueError)
 
 
@@ -482,7 +482,7 @@ def any_reopening(run: Run, talk: Talk, tokens: list[int], number: int) -> None:
 
 
 def any_foreign(run: Run, talk: Talk, tokens: list[int], number: int) -> None:
-    """Step a session of something else."""
+    """Step another engine's session."""
     foreign = run.open_foreign(tokens)
     run.refuse(foreign, DECODE if number % 2 else prefill(tokens), SessionOwnerError)
     run.forget(foreign)
@@ -512,7 +512,7 @@ def can_fail(event: Event) -> bool:
 
 @check
 def any_sequence_of_calls(run: Run) -> None:
-    """Whatever is done to some sessions, in whatever order, each has the tokens that it would have alone."""
+    """After any calls on some sessions, in any order, each has the same tokens as it would have alone."""
     talks = [run.open() for _ in range(run.choose.number(1, 4))]
-    for what, which, tokens, number in run.choose.sequence(len(ANY), len(talks)):
-        ANY[what](run, talks[which], tokens, number)
+    for kind, place, tokens, number in run.choose.sequence(len(ANY), len(talks)):
+        ANY[kind](run, talks[place], tokens, number)

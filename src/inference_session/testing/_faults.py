@@ -1,4 +1,4 @@
-"""Steps that fail, or are closed, where the kit wants them to."""
+"""Steps made to fail, or closed, at chosen events."""
 
 from asyncio import CancelledError
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from inference_session.testing._watch import Event, Trigger
 
 
 class InjectedError(Exception):
-    """The error of a step that the kit lets fail."""
+    """The error of a step made to fail by the kit."""
 
 
 ERRORS: Final[Sequence[type[BaseException]]] = (
@@ -26,7 +26,7 @@ ERRORS: Final[Sequence[type[BaseException]]] = (
 
 @define(eq=False)
 class Fault(Trigger):
-    """An error that is raised at an event of a step."""
+    """An error, raised at an event of a step."""
 
     error: BaseException
 
@@ -36,7 +36,7 @@ class Fault(Trigger):
 
     @property
     def name(self) -> str:
-        """What kind of error it is."""
+        """The name of the error's class."""
         return type(self.error).__name__
 
 
@@ -52,7 +52,7 @@ class Close(Trigger):
 
 
 def fail_step(run: Run, talk: Talk, step: Step, fault: Fault) -> bool:
-    """Do a step that fails; return whether it came to that."""
+    """Do a step and make it fail; return whether the error was raised."""
     _fail(
         run,
         step.on(talk),
@@ -64,7 +64,7 @@ def fail_step(run: Run, talk: Talk, step: Step, fault: Fault) -> bool:
 
 
 def fail_step_twice(run: Run, talk: Talk, step: Step, fault: Fault) -> bool:
-    """Do a step that fails after the model ran, and again when it's taken back; return whether it came to that."""
+    """Do a step and make it fail after the model ran, and then in its rollback; return whether the latter happened."""
     first = Fault(after_the_model_ran, 0, InjectedError())
     _fail(
         run,
@@ -77,7 +77,7 @@ def fail_step_twice(run: Run, talk: Talk, step: Step, fault: Fault) -> bool:
 
 
 def fail_rewind(run: Run, talk: Talk, length: int, fault: Fault) -> bool:
-    """Rewind a session, which fails; return whether it came to that."""
+    """Rewind a session and make that fail; return whether the error was raised."""
 
     def rewound(result: object) -> None:
         del talk.history[length:]
@@ -115,7 +115,7 @@ def close_within(run: Run, talk: Talk, step: Step, close: Close) -> None:
 
 
 def after_the_model_ran(event: Event) -> bool:
-    """Whether the model has run on the first tokens of a step, and the session doesn't know yet."""
+    """Whether the model has run on the first tokens of a step, and the session hasn't been told yet."""
     return str(event) == "before advance"
 
 
@@ -138,7 +138,7 @@ def _fail(
             if isinstance(raised, Exception):
                 raise run.broken("no error", f"{type(raised).__name__}: {raised}") from raised
             raise
-        # Ctrl-C is never put aside, not even for the error that is being handled.
+        # Ctrl-C must get through, even while another error is being handled.
         arriving = next((it for it in fired if not isinstance(it.error, Exception)), fired[0])
         if raised is not arriving.error:
             raise run.broken(
@@ -149,7 +149,7 @@ def _fail(
         for fault in _note(run, faults):
             if not isinstance(fault.error, Exception):
                 raise run.broken(f"the {fault.name} to reach the caller", "the step went on")
-        succeed(result)  # an engine may make up for an error, if the result is right
+        succeed(result)  # an engine may recover from an error, if the result is right
     run.check_all()
 
 

@@ -1,7 +1,7 @@
-"""The hooks: while a check runs, borrows tell what happens in them.
+"""The hooks: while a check runs, borrows report their events.
 
-They are put on the classes of the private core, and taken off again, so that a borrow costs nothing more when no check
-runs. Sessions that a check doesn't know pass through them untouched, whatever thread they are in.
+Hooks are put on the classes of the private core, and taken off again, so that a borrow costs nothing extra when no
+check runs. They pass over sessions unknown to the check, in any thread.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -26,44 +26,44 @@ _one_at_a_time = Lock()
 
 
 class Listener(Protocol):
-    """What is told of everything that happens in the borrows of its sessions."""
+    """Is told of every event in the borrows of its sessions."""
 
     def knows(self, session: Session) -> bool:
         """Whether this is one of its sessions."""
         ...
 
     def knows_slots(self, slots: Slots) -> bool:
-        """Whether one of its sessions was borrowed through this."""
+        """Whether one of its sessions was borrowed through these."""
         ...
 
     def borrowed(self, session: Session, slots: Slots) -> None:
-        """Take note of a session that was just borrowed."""
+        """Record a session just borrowed."""
         ...
 
     def assigned(self, slots: Slots, cache: object) -> None:
-        """Take note of a KV cache that a step puts in the place of the present one."""
+        """Record a KV cache put by a step in the place of the present one."""
         ...
 
     def in_borrow(self, name: str, call: Callable[[], Any]) -> Any:
-        """Do something to a borrowed state, which is called `name`, and return its result."""
+        """Make a call on a borrowed state, known as `name`, and return its result."""
         ...
 
     def in_function(
         self, name: str, slots: Slots, function: Callable[..., Any], *args: object
     ) -> Any:
-        """Call one of the functions that the engine gave to `StateSlots`, and return its result."""
+        """Call one of the engine's functions in `StateSlots`, and return its result."""
         ...
 
 
 def slots_of(session: Session) -> Slots:
-    """Return the access to a session that its engine has, which has begun it."""
+    """Return the `StateSlots` of the engine that began a session."""
     assert isinstance(session._slots, StateSlots)
     return session._slots
 
 
 @contextmanager
 def hooked(listener: Listener) -> Generator[None]:
-    """Let a listener know of all that happens in its sessions' borrows; one listener at a time."""
+    """Report every event in the borrows of a listener's sessions; one listener at a time."""
     with _one_at_a_time:
         originals: list[tuple[type, str, object]] = []
         try:
@@ -157,7 +157,7 @@ def _end(
             return
         try:
             listener.in_borrow("last line", lambda: None)
-        except BaseException as error:  # what the block would have raised there
+        except BaseException as error:  # as if the block had raised it there
             original(block, type(error), error, error.__traceback__)
             raise
         listener.in_borrow("end of borrow", partial(original, block, *exc_info))

@@ -1,4 +1,4 @@
-"""The kit: runs the checks, looks for the shortest sequence of calls that breaks one, and tells of it."""
+"""The kit: runs the checks, and reports the shortest sequence of calls found to break a promise."""
 
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
@@ -31,11 +31,11 @@ HEALTH_CHECKS: Final = (
     HealthCheck.too_slow,
 )
 SHRINKS: Final = 10
-"""How many times `max_examples` are spent to shorten what was found."""
+"""How many times `max_examples` are spent on shrinking a failure."""
 
 
 class TooWeakError(AssertionError):
-    """Of an engine that broke no promise, but wouldn't have been caught if it had."""
+    """The engine broke no promise, but wouldn't have been caught if it had."""
 
 
 def check_engine(
@@ -50,19 +50,19 @@ def check_engine(
     """Check that an engine keeps the state of its sessions right.
 
     Args:
-        make_engine: returns a new engine each time. It may give them all the same model, as long as that keeps nothing
-            of a session. At most 8 sessions are open at a time in an engine, with at most 64 tokens each.
+        make_engine: returns a new engine each time. They may share a model, as long as it keeps no state of a session.
+            At most 8 sessions are open at a time in an engine, with at most 64 tokens each.
         vocab_size: tokens are ints from 0 to `vocab_size` - 1.
         only: names of the checks to run, if not all.
-        skip: names of checks not to run, and for each the reason why.
+        skip: names of checks not to run, each with a reason.
         max_examples: how many sequences of calls each check tries.
-        seed: decides which ones are tried: the same seed, the same calls.
+        seed: the same seed tries the same calls.
 
     Raises:
-        TypeError, ValueError: if an argument makes no sense; no check was run then.
-        AssertionError: if a promise is broken, or if the engine is too weak to show that none is. It tells which,
-            what was expected, the shortest sequence of calls found that shows it, and how to run it again.
-        unittest.SkipTest: if nothing was checked: `skip` names all, or the engine does nothing of what is left.
+        TypeError, ValueError: if an argument makes no sense; no check was run.
+        AssertionError: if a promise is broken, or if the engine is too weak to prove otherwise. The message has the
+            promise, the expected result, the shortest sequence of calls found to break it, and how to run it again.
+        unittest.SkipTest: if nothing was checked: `skip` names all checks, or the others don't apply to the engine.
     """
     kit = new_kit(make_engine, vocab_size, max_examples, seed)
     too_weak: TooWeakError | None = None
@@ -74,7 +74,7 @@ def check_engine(
                 nothing = None
             except SkipTest as reason:
                 nothing = nothing and reason
-            except TooWeakError as error:  # it may be seen to be broken all the same
+            except TooWeakError as error:  # another check may still find it broken
                 too_weak = too_weak or error
     unproven = too_weak or nothing
     if unproven is not None:
@@ -92,8 +92,8 @@ def parametrize_with_checks(
 ) -> pytest.MarkDecorator:
     """Make each check of an engine a test of its own.
 
-    The test that is decorated gets it as `check`, and calls it. Arguments are those of `check_engine`; what is skipped
-    shows as skipped, with its reason.
+    The decorated test gets it as `check`, and calls it. Arguments are those of `check_engine`; skipped checks show as
+    skipped tests, with their reason.
     """
     kit = new_kit(make_engine, vocab_size, max_examples, seed)
     reasons = skip or {}
@@ -120,8 +120,8 @@ def selected(only: Collection[str] | None, skip: Mapping[str, str] | None) -> li
     """Return the checks to be run, in their order.
 
     Raises:
-        TypeError: if `only` or `skip` isn't what it should be.
-        ValueError: if there's no check of some name, or none is left.
+        TypeError: if `only` or `skip` has the wrong type.
+        ValueError: if a name isn't a check's, or no check is left.
     """
     if isinstance(only, str):
         raise TypeError(f"only must be a collection of names, got a single one: use [{only!r}]")
@@ -144,8 +144,8 @@ def new_kit(
     """Return a kit, if its arguments make sense.
 
     Raises:
-        TypeError: if one is of another type than it should be.
-        ValueError: if one is too low.
+        TypeError: if an argument has the wrong type.
+        ValueError: if a number is too low.
     """
     if not callable(make_engine):
         raise TypeError(
@@ -196,7 +196,7 @@ class Kit:
     def _weakness(self) -> str | None:
         try:
             return weakness(self.make_engine, self.vocab_size)
-        except Exception as error:  # noqa: BLE001 whatever an engine may raise
+        except Exception as error:  # noqa: BLE001 engines may raise anything
             return f"a simple prefill and decode raised {type(error).__name__}: {error}"
 
     def _report(self, check: Check, search: "Search") -> Report:
@@ -222,7 +222,7 @@ class Search:
     _tries: int = field(init=False, default=0)
 
     def run(self) -> None:
-        """Try sequences of calls, and if one breaks the promise, shorter ones."""
+        """Try sequences of calls; once one breaks the promise, try shorter ones."""
         reference = Reference(self.kit.make_engine)
 
         @seeded(self.kit.seed)

@@ -1,4 +1,4 @@
-"""What sessions that were closed leave behind."""
+"""Leftovers of closed sessions."""
 
 import gc
 import sys
@@ -13,15 +13,15 @@ from inference_session.testing._run import Run
 
 
 SESSIONS: Final = 12
-"""How many sessions a batch has."""
+"""Sessions in a batch."""
 LEAST: Final = 5
-"""How many batches there are at least: as handles that are lost are missed only after a while."""
+"""The minimum number of batches: lost handles are missed only after a while."""
 MOST: Final = 20
-"""How many batches there are if memory grows in each: the caches of libraries grow, too, but are full some day."""
+"""The number of batches if memory grows in each: the caches of libraries grow, too, but not for ever."""
 
 
 def leave_nothing(run: Run) -> None:
-    """Serve many sessions, one after the other, and look for memory that each takes and doesn't give back."""
+    """Serve many sessions, one after the other, and look for memory never given back."""
     prompt = melody(0, 3, run.choose.vocab_size)
     run.calls.append(
         f"for _ in range({MOST * SESSIONS}):\n"

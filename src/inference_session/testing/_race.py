@@ -1,4 +1,4 @@
-"""Two threads on one session: one is held up in the middle of its step, and the other comes."""
+"""Two threads on one session: one is paused in the middle of its step, and the other tries to step."""
 
 from collections.abc import Callable, Sequence
 from itertools import permutations
@@ -15,28 +15,28 @@ from inference_session.testing._watch import Trigger
 
 
 A_MOMENT = 0.05
-"""Seconds for which a step may wait for another one that isn't in its borrow."""
+"""How many seconds a step may wait for another one outside of its borrow."""
 
 
 @define(eq=False)
 class Pause(Trigger):
-    """A stop at an event of a step."""
+    """A pause at an event of a step."""
 
     talk: Talk
     reached: Signal = field(init=False, factory=Signal)
     over: Signal = field(init=False, factory=Signal)
     in_borrow: bool = field(init=False, default=False)
-    """Whether the session was borrowed when it came to the stop."""
+    """Whether the session was borrowed at that event."""
 
     def act(self) -> None:
-        """Wait until the other thread has had its try."""
+        """Wait until the other thread has tried."""
         self.in_borrow = self.talk.session.borrowed
         self.reached.set()
         self.over.wait(2 * _threads.PATIENCE)
 
 
 def race(run: Run, talk: Talk, first: Step, second: Step, pause: Pause) -> None:
-    """Do two steps at once, the second when the first has come to its stop."""
+    """Do two steps at once, the second while the first is paused."""
     run.calls.append(f"{first.on(talk)}  # in one thread")
     run.calls.append(f"{second.on(talk)}  # in another, meanwhile")
     run.watch.begin_step(pause)
@@ -70,7 +70,7 @@ def race(run: Run, talk: Talk, first: Step, second: Step, pause: Pause) -> None:
 def _compare(
     run: Run, talk: Talk, pause: Pause, steps: Sequence[tuple[Step, Elsewhere[object]]]
 ) -> None:
-    """Check which steps succeeded, and their results."""
+    """Check the outcomes and the results of both steps."""
     won: list[tuple[Step, object]] = []
     for step, call in steps:
         try:
@@ -89,7 +89,7 @@ def _compare(
 
 
 def _find_order(run: Run, talk: Talk, won: Sequence[tuple[Step, object]]) -> None:
-    """Find an order of the steps in which their results, and the tokens that there are now, are right."""
+    """Find an order of the steps that explains their results and the session's tokens."""
     tokens = run.tokens(talk)
     broken = run.broken("the tokens of the steps, one after the other", f"{tokens}")
     before, calls = list(talk.history), list(run.calls)

@@ -1,4 +1,4 @@
-"""The reference: what an engine answers when nothing went before."""
+"""The reference: an engine's answers in fresh sessions."""
 
 from collections.abc import Callable, Sequence
 from uuid import UUID
@@ -14,20 +14,20 @@ from inference_session.testing._report import BrokenError
 class Reference:
     """Next tokens, computed in fresh sessions, from scratch.
 
-    They are computed on one engine, which serves one session at a time, and remembered. If that engine turns out to be
-    swayed by the sessions it served before, each token is computed by a new one.
+    One engine computes them, one session at a time, and they are remembered. If its earlier sessions turn out to affect
+    its answers, a new engine computes each token.
     """
 
     make_engine: Callable[[], Engine]
     swayed: BrokenError | None = field(init=False, default=None)
-    """What is wrong with an engine that answers other than a new one does."""
+    """The broken promise of an engine that doesn't answer as a new one does."""
     _engine: Engine | None = field(init=False, default=None)
     _known: dict[tuple[UUID, tuple[int, ...]], int] = field(
         init=False, factory=dict[tuple[UUID, tuple[int, ...]], int]
     )
 
     def next_token(self, session_id: UUID, history: Sequence[int]) -> int:
-        """Return the token that follows on these in a session with this id."""
+        """Return the token after this history, in a session with this id."""
         key = session_id, tuple(history)
         if key not in self._known:
             if self._engine is None or self.swayed is not None:
@@ -36,7 +36,7 @@ class Reference:
         return self._known[key]
 
     def next_token_for_sure(self, session_id: UUID, history: Sequence[int]) -> int:
-        """Return the same, by an engine that has never served another session."""
+        """Return the same from an engine that has never served another session."""
         token = self.next_token(session_id, history)
         if self.swayed is not None:
             return token

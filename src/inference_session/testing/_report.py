@@ -1,4 +1,4 @@
-"""What a broken promise looks like: what was expected, what came, and the calls that show it."""
+"""Reports of a broken promise: the expected result, the actual one, and the calls that led there."""
 
 from collections.abc import Sequence
 from textwrap import indent
@@ -7,7 +7,7 @@ from attrs import frozen
 
 
 class BrokenError(Exception):
-    """A promise that an engine broke. Only the kit sees it; a test gets an `AssertionError` that says the same."""
+    """An engine broke a promise. Only the kit sees it; a test gets an `AssertionError` with the same contents."""
 
     def __init__(self, expected: str, got: str, calls: Sequence[str]) -> None:
         super().__init__(expected, got)
@@ -17,12 +17,12 @@ class BrokenError(Exception):
 
     @property
     def size(self) -> tuple[int, int]:
-        """How much there is to read: fewer calls are better, then fewer tokens."""
+        """The length for a reader: fewer calls are better, then fewer tokens."""
         return len(self.calls), sum(map(len, self.calls))
 
 
 class ConclusiveError(BaseException):
-    """A promise broken in a way that another try would not show any better, and may take long to."""
+    """A promise is broken, and another try would show it no better, but might take long."""
 
     def __init__(self, broken: BrokenError) -> None:
         super().__init__(broken)
@@ -31,7 +31,7 @@ class ConclusiveError(BaseException):
 
 @frozen
 class Report:
-    """What an engine developer reads."""
+    """The text for an engine developer."""
 
     check: str
     promise: str

@@ -1,4 +1,4 @@
-"""A run: an engine and some sessions, whose every call is checked."""
+"""A run: an engine and some sessions, with every call checked."""
 
 import gc
 import warnings
@@ -33,12 +33,12 @@ MOST_TOKENS: Final = 64
 
 @define(eq=False)
 class Talk:
-    """One session, and what is known of it."""
+    """One session, and its expected state."""
 
     name: str
     session: Session
     history: list[int] = field(init=False, factory=list[int])
-    """The tokens that it should have."""
+    """The expected tokens."""
 
     def __str__(self) -> str:
         return self.name
@@ -55,24 +55,24 @@ class Talk:
 
     @property
     def slots(self) -> Slots | None:
-        """The access to it that its engine has, once it has begun it."""
+        """The engine's access to it, once the engine has begun it."""
         return None if self.session._slots is None else slots_of(self.session)
 
 
 @frozen
 class Step:
-    """A call of the engine: prefill these tokens, or decode."""
+    """A call of the engine: prefill some tokens, or decode."""
 
     tokens: list[int] | tuple[int, ...] | None = None
 
     def on(self, talk: Talk) -> str:
-        """Return how it's written."""
+        """Return its source code."""
         if self.tokens is None:
             return f"engine.decode({talk})"
         return f"engine.prefill({talk}, {self.tokens})"
 
     def added(self, result: object) -> list[int]:
-        """Return the tokens that it added, by its result."""
+        """Return the tokens it added, by its result."""
         if self.tokens is not None:
             return list(self.tokens)
         return [result.token] if isinstance(result, DecodeResult) else []
@@ -82,13 +82,13 @@ DECODE: Final = Step()
 
 
 def prefill(tokens: Sequence[int]) -> Step:
-    """Return the step that prefills these tokens."""
+    """Return a step to prefill these tokens."""
     return Step(list(tokens))
 
 
 @define(eq=False)
 class Run:
-    """An engine, its sessions, and what was done with them: one example of Hypothesis."""
+    """An engine, its sessions, and all calls so far: one example of Hypothesis."""
 
     make_engine: Callable[[], Engine]
     watch: Watch
@@ -98,7 +98,7 @@ class Run:
     engine: Engine = field(init=False)
     calls: list[str] = field(init=False, factory=lambda: ["engine = make_engine()"])
     proofs: int = field(init=False, default=0)
-    """How often that happened which the check is about."""
+    """How often the subject of the check has happened."""
     failed: bool = field(init=False, default=False)
     """Whether a step has failed."""
     _talks: list[Talk] = field(init=False, factory=list[Talk])
@@ -125,7 +125,7 @@ class Run:
                 with suppress(Exception):
                     talk.session.close()
 
-    # What can be done with sessions
+    # Calls on sessions
 
     def open(self, session_id: UUID | None = None) -> Talk:
         """Make a session."""
@@ -148,7 +148,7 @@ class Run:
         return talk.history[-1]
 
     def step(self, talk: Talk, step: Step) -> None:
-        """Do a step, which must succeed."""
+        """Do a step and require it to succeed."""
         self.calls.append(step.on(talk))
         self.watch.begin_step()
         self.take(talk, step, self.attempt(self.call(talk, step)))
@@ -164,7 +164,7 @@ class Run:
             self.check_all()
 
     def rewind(self, talk: Talk, length: int) -> None:
-        """Forget all but the first tokens."""
+        """Rewind a session."""
         if talk.slots is not None:
             self.calls.append(f"with slots.borrow({talk}) as state: state.rewind({length})")
             self.attempt(lambda: self.borrowing(talk, lambda state: state.rewind(length)))
@@ -172,7 +172,7 @@ class Run:
             self.check_all()
 
     def reuse_prefix(self, talk: Talk, tokens: Sequence[int]) -> None:
-        """Go on with other tokens, from what they have in common with the present ones."""
+        """Go on with other tokens, from the prefix shared with the present ones."""
         if talk.slots is not None:
             tokens = list(tokens)
             self.calls.append(f"with slots.borrow({talk}) as state: state.reuse_prefix({tokens})")
@@ -188,19 +188,19 @@ class Run:
         self.closed(talk)
 
     def forget(self, talk: Talk) -> None:
-        """Close a session, and look at it no more."""
+        """Close a session, and stop checking it."""
         self.close(talk)
         self._talks.remove(talk)
 
     def closed(self, talk: Talk) -> None:
-        """Check that a session that was closed has let go of everything."""
+        """Check that a closed session holds nothing any more."""
         talk.history = []
         if talk.session._slots is not None:
             raise self.broken("the state of a closed session to be freed", "it is still borrowed")
         self.check_books()
 
     def refuse(self, talk: Talk, step: Step, error: type[Exception]) -> None:
-        """Do a step that must be refused."""
+        """Do a step and require it to be refused."""
         self.calls.append(step.on(talk))
         self.watch.begin_step()
         call = self.call(talk, step)
@@ -215,13 +215,13 @@ class Run:
         self.check_all()
 
     def reopen(self, talk: Talk) -> None:
-        """Put a new session with the same id in the place of one that was closed."""
+        """Replace a closed session by a new one with the same id."""
         self.calls.append(f'{talk} = Session.with_id(UUID("{talk.id}"))')
         talk.session = Session.with_id(talk.id)
         self.watch.add(talk.session)
 
     def open_foreign(self, tokens: Sequence[int]) -> Talk:
-        """Make a session, and begin it by something else than the engine."""
+        """Make a session, and begin it with other slots than the engine's."""
         talk = self.open()
         talk.history = list(tokens)
         self.calls.append(
@@ -234,11 +234,11 @@ class Run:
 
     @property
     def last(self) -> Talk:
-        """The session that was opened last."""
+        """The session opened last."""
         return self._talks[-1]
 
     def drop_last(self) -> None:
-        """Forget the session that was opened last, without closing it."""
+        """Drop the session opened last, without closing it."""
         talk = self._talks.pop()
         self.calls.append(f"del {talk}")
         session = ref(talk.session)
@@ -254,10 +254,10 @@ class Run:
             raise self.broken("the session to be garbage", "something still refers to it")
         self.check_all()
 
-    # What steps are made of
+    # Parts of steps
 
     def call(self, talk: Talk, step: Step) -> Callable[[], object]:
-        """Return the call of the engine that a step is."""
+        """Return a step as a call of the engine."""
         if step.tokens is None:
             return lambda: self.engine.decode(talk.session)
         tokens = copy(step.tokens)
@@ -271,7 +271,7 @@ class Run:
         return call
 
     def perform(self, call: Callable[[], T]) -> T:
-        """Call something; in a new thread, once a step has failed, as the next may wait for ever."""
+        """Make a call; once a step has failed, in a new thread, as the call may wait for ever."""
         if not self.failed:
             return call()
         other = _threads.Elsewhere(call).start()
@@ -286,9 +286,9 @@ class Run:
         return other.result()
 
     def borrowing(self, talk: Talk, do: Callable[[BorrowedState[Any]], T]) -> T:
-        """Borrow a session as its engine does, for something that engines can't be asked for."""
+        """Borrow a session as its engine does, for operations beyond the `Engine` protocol."""
         assert talk.slots is not None
-        key = talk.session._key  # another one would cost it its KV cache
+        key = talk.session._key  # another key would release the KV cache
         borrow: AbstractContextManager[BorrowedState[Any], None] = talk.slots.borrow(
             talk.session, key=key
         )
@@ -296,7 +296,7 @@ class Run:
             return do(state)
 
     def attempt(self, call: Callable[[], T]) -> T:
-        """Call something that must succeed."""
+        """Make a call and require it to succeed."""
         try:
             return self.perform(call)
         except BrokenError:
@@ -305,7 +305,7 @@ class Run:
             raise self.broken("no error", f"{type(error).__name__}: {error}") from error
 
     def take(self, talk: Talk, step: Step, result: object) -> None:
-        """Compare the result of a step with what it should be."""
+        """Compare the result of a step with the expected one, and record it."""
         if step.tokens is not None:
             if not isinstance(result, PrefillResult):
                 raise self.broken("a PrefillResult", f"{type(result).__name__}")
@@ -328,7 +328,7 @@ class Run:
         talk.history.append(token)
 
     def compare(self, talk: Talk, token: int) -> None:
-        """Compare the token that was decoded with what a fresh session would decode."""
+        """Compare a decoded token with that of a fresh session."""
         if token == self.ask(talk, self.reference.next_token):
             return
         expected = self.ask(talk, self.reference.next_token_for_sure)
@@ -341,7 +341,7 @@ class Run:
         )
 
     def ask(self, talk: Talk, reference: Callable[[UUID, Sequence[int]], int]) -> int:
-        """Return what the reference says to a session's tokens."""
+        """Return the reference's answer to a session's tokens."""
         try:
             return reference(talk.id, talk.history)
         except Exception as error:
@@ -356,10 +356,10 @@ class Run:
                 ],
             ) from error
 
-    # What must always hold
+    # Invariants
 
     def check_all(self) -> None:
-        """Check that all sessions are free and have their tokens, and that no KV cache was mistreated."""
+        """Check that all sessions are free and have their tokens, and that no KV cache was misused."""
         self.watch.begin_step()
         for talk in self._talks:
             if not talk.session.closed:
@@ -367,13 +367,13 @@ class Run:
         self.check_books()
 
     def check(self, talk: Talk) -> None:
-        """Check that a session isn't borrowed, and has the tokens that it should."""
+        """Check that a session isn't borrowed, and has the expected tokens."""
         history = self.tokens(talk)
         if history != talk.history:
             raise self.broken(f"the tokens of session {talk} to be {talk.history}", f"{history}")
 
     def tokens(self, talk: Talk) -> list[int]:
-        """Return the tokens that a session has."""
+        """Return the tokens of a session."""
         if talk.slots is None:
             return []
         try:
@@ -386,7 +386,7 @@ class Run:
             ) from error
 
     def check_books(self) -> None:
-        """Check that nothing was done to KV caches that shouldn't be, and that none is left over."""
+        """Check that no KV cache was misused, and that none is left over."""
         if self.watch.book.mistakes:
             raise self.broken(
                 "each KV cache to be one session's, and to be released once",

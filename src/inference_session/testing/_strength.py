@@ -1,4 +1,4 @@
-"""Whether an engine's output shows anything: a mistake that no output depends on can't be seen."""
+"""The strength of an engine: a mistake shows only if some output depends on it."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -12,7 +12,7 @@ from inference_session.testing._choices import melody
 TRIALS: Final = 16
 LENGTH: Final = 8
 ENOUGH: Final = 0.125
-"""In what share of trials a change of the input, or of the KV cache, must change the output."""
+"""The share of trials in which a change of the input, or of the KV cache, must change the output."""
 
 
 def weakness(make_engine: Callable[[], Engine], vocab_size: int) -> str | None:
@@ -22,32 +22,32 @@ def weakness(make_engine: Callable[[], Engine], vocab_size: int) -> str | None:
     answers = [answer(engine, prompt) for prompt in prompts]
     if len(set(answers)) == 1:
         return "it answers every prompt with the same token"
-    for what, change in CHANGES.items():
+    for part, change in CHANGES.items():
         changed = [answer(engine, change(prompt, vocab_size)) for prompt in prompts]
         if share_of_differences(answers, changed) < ENOUGH:
-            return f"its answers hardly depend on {what}"
+            return f"its answers hardly depend on {part}"
     if share_of_differences(*answers_with_swapped_caches(engine, prompts)) < ENOUGH:
         return "its answers hardly depend on the KV cache that the session holds"
     return None
 
 
 def last_changed(prompt: Sequence[int], vocab_size: int) -> list[int]:
-    """Return a prompt whose last token is another."""
+    """Return a prompt with another last token."""
     return [*prompt[:-1], another(prompt[-1], vocab_size)]
 
 
 def first_changed(prompt: Sequence[int], vocab_size: int) -> list[int]:
-    """Return a prompt whose first token is another."""
+    """Return a prompt with another first token."""
     return [another(prompt[0], vocab_size), *prompt[1:]]
 
 
 def another(token: int, vocab_size: int) -> int:
-    """Return a token that isn't this one."""
+    """Return another token."""
     return (token + (vocab_size + 1) // 2) % vocab_size
 
 
 def reordered(prompt: Sequence[int], vocab_size: int) -> list[int]:
-    """Return a prompt whose tokens but the last are in another order."""
+    """Return a prompt with its tokens, all but the last, in another order."""
     return [*reversed(prompt[:-1]), prompt[-1]]
 
 
@@ -59,7 +59,7 @@ CHANGES: Final[dict[str, Callable[[Sequence[int], int], list[int]]]] = {
 
 
 def answer(engine: Engine, prompt: Sequence[int]) -> int:
-    """Return the token that follows on a prompt."""
+    """Return the first token decoded after a prompt."""
     with Session() as session:
         engine.prefill(session, list(prompt))
         return engine.decode(session).token
@@ -68,7 +68,7 @@ def answer(engine: Engine, prompt: Sequence[int]) -> int:
 def answers_with_swapped_caches(
     engine: Engine, prompts: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[int]]:
-    """Return the second tokens that follow on prompts, without and with the KV caches of two sessions swapped."""
+    """Return the second tokens decoded after prompts, without and with the KV caches of two sessions swapped."""
     right: list[int] = []
     wrong: list[int] = []
     for pair in zip(prompts[::2], prompts[1::2], strict=True):
@@ -84,10 +84,10 @@ def answers_with_swapped_caches(
 
 
 def decoded(engine: Engine, session: Session) -> int:
-    """Return the next token; -1 if the engine finds that something is wrong."""
+    """Return the next token; -1 if the engine notices the change."""
     try:
         return engine.decode(session).token
-    except Exception:  # noqa: BLE001 which shows that it depends on what was changed
+    except Exception:  # noqa: BLE001 so it depends on the KV cache
         return -1
 
 

@@ -1,4 +1,4 @@
-"""Calls in another thread, which are not waited for in vain."""
+"""Calls in another thread, with a limit on waiting."""
 
 from collections.abc import Callable
 from threading import Thread
@@ -10,12 +10,12 @@ from attrs import define, field
 T = TypeVar("T")
 
 PATIENCE: Final = 30.0
-"""Seconds after which a call that can only wait for a lock is taken to wait for ever."""
+"""How many seconds a call may take, before it is assumed to wait for a lock for ever."""
 
 
 @define(eq=False)
 class Elsewhere(Generic[T]):
-    """A call that another thread makes."""
+    """A call in another thread."""
 
     _call: Callable[[], T]
     _results: list[T] = field(init=False, factory=list[T])
@@ -24,17 +24,17 @@ class Elsewhere(Generic[T]):
 
     def start(self) -> "Elsewhere[T]":
         """Begin the call."""
-        self._thread = Thread(target=self._run, daemon=True)  # one that hangs must not outlive all
+        self._thread = Thread(target=self._run, daemon=True)  # if it hangs, the process can exit
         self._thread.start()
         return self
 
     def done(self, seconds: float) -> bool:
-        """Wait for the end, but not longer than this; return whether it came."""
+        """Wait for the end for up to some seconds; return whether it came."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def result(self) -> T:
-        """Return what the call returned, or raise what it raised."""
+        """Return the result of the call, or raise its error."""
         if self._error is not None:
             raise self._error
         return self._results[0]
@@ -42,5 +42,5 @@ class Elsewhere(Generic[T]):
     def _run(self) -> None:
         try:
             self._results.append(self._call())
-        except BaseException as error:  # noqa: BLE001 it's raised where the result is asked for
+        except BaseException as error:  # noqa: BLE001 raised by `result`
             self._error = error

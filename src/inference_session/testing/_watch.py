@@ -1,4 +1,4 @@
-"""What is seen of borrows while a check runs, and where something can be made to happen in them."""
+"""The watch on borrows while a check runs, and the actions triggered by their events."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,7 +17,7 @@ When: TypeAlias = Literal["before", "after"]
 
 @frozen
 class Event:
-    """Something that a step did to its borrowed state, or that the library did to its KV cache."""
+    """A call by a step on its borrowed state, or by the library on its KV cache."""
 
     when: When
     name: str
@@ -30,13 +30,13 @@ class Event:
 
 @define(eq=False)
 class Trigger(ABC):
-    """Something that is to happen at an event of a step, once."""
+    """An action at an event of a step, done once."""
 
     at: Callable[[Event], bool]
     skip: int
-    """How many events of this kind to let pass."""
+    """How many such events to let pass first."""
     fired: Event | None = field(init=False, default=None)
-    """Where it happened."""
+    """The event at which it was done."""
 
     @abstractmethod
     def act(self) -> None:
@@ -51,7 +51,7 @@ class Watch:
     advances: int = field(init=False, default=0)
     """How often the present step has advanced."""
     seen: set[str] = field(init=False, factory=set[str])
-    """What the engine ever did."""
+    """All events so far."""
     _triggers: list[Trigger] = field(init=False, factory=list[Trigger])
     _sessions: WeakSet[Session] = field(init=False, factory=WeakSet[Session])
     _slots: set[Slots] = field(init=False, factory=set[Slots])
@@ -78,20 +78,20 @@ class Watch:
         return session in self._sessions
 
     def knows_slots(self, slots: Slots) -> bool:
-        """Whether a watched session was borrowed through this."""
+        """Whether a watched session was borrowed through these."""
         return slots in self._slots
 
     def borrowed(self, session: Session, slots: Slots) -> None:
-        """Take note of a session that was just borrowed."""
+        """Record a session just borrowed."""
         self._slots.add(slots)
 
     def assigned(self, slots: Slots, cache: object) -> None:
-        """Take note of a KV cache that a step puts in the place of the present one."""
+        """Record a KV cache put by a step in the place of the present one."""
         if slots.release is not None:
             self.book.adopt(cache)
 
     def in_borrow(self, name: str, call: Callable[[], Any]) -> Any:
-        """Do something to a borrowed state, and let happen what is to happen before and after it."""
+        """Make a call on a borrowed state, and trigger the actions before and after it."""
         self._happens("before", name)
         result = call()
         if name == "advance":
@@ -100,7 +100,7 @@ class Watch:
         return result
 
     def in_function(self, name: str, slots: Slots, function: Callable[..., Any], *args: Any) -> Any:
-        """Call one of the engine's functions, and keep book of KV caches."""
+        """Call one of the engine's functions, and keep the books of KV caches."""
         self._happens("before", name)
         books = slots.release is not None
         if books and name == "release":
@@ -109,7 +109,7 @@ class Watch:
         if books:
             self.book.write(name, args, result)
         if name == "length" or (name == "truncate" and result is args[0]):
-            # What `create` and a functional `truncate` return would be lost, and it isn't the engine's fault.
+            # A failure here would lose the new cache of `create` or a functional `truncate`: no fault of the engine.
             self._happens("after", name)
         return result
 
