@@ -1,4 +1,4 @@
-"""An engine in JAX, where a KV cache never changes: each step returns another one.
+"""An engine in JAX, with immutable KV caches: each step returns a new one.
 
 pip install jax==0.10.2
 """
@@ -25,11 +25,11 @@ except ModuleNotFoundError as error:
 
 
 # The model, a small Llama. Shapes: V vocabulary, L layers, H heads of d numbers, D = H d hidden
-# size, F feed-forward size, C capacity of a cache, n tokens that are fed at once.
+# size, F feed-forward size, C capacity of a cache, n tokens fed at once.
 
 
 class Model(NamedTuple):
-    """The weights, those of all layers in one array each."""
+    """The weights; each array stacks those of all layers."""
 
     embedding: jax.Array
     """(V, D)"""
@@ -46,7 +46,7 @@ class Model(NamedTuple):
 
 
 Layer = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-"""Of one layer: keys, values and the four weights between `embedding` and `output`."""
+"""Keys, values and the four weights of one layer."""
 
 
 class KVCache(NamedTuple):
@@ -57,7 +57,7 @@ class KVCache(NamedTuple):
     length: int
 
     def truncate(self, length: int) -> KVCache:
-        """Return a cache of the first `length` tokens, if there are as many; the arrays are the same."""
+        """Return a cache of at most the first `length` tokens, with the same arrays."""
         return self._replace(length=min(self.length, length))
 
 
@@ -65,11 +65,11 @@ class KVCache(NamedTuple):
 def forward(
     model: Model, cache: KVCache, tokens: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Feed the first `count` of some tokens (n,), which follow on those that a cache covers.
+    """Feed the first `count` of some tokens (n,), after those covered by the cache.
 
     Returns the logits (V,) after the last, and new keys and values. It is compiled for each n, not
-    for each length: what comes after `count` is written as well, to where nobody looks before it is
-    written over. The old arrays stay as they are, so they must not be donated (`donate_argnums`).
+    for each length: tokens after `count` are written as well, to places that are never read before
+    they are overwritten. The old arrays stay valid, so they must not be donated (`donate_argnums`).
     """
     keys, values, start = cache
     positions = start + jnp.arange(len(tokens))
@@ -106,11 +106,11 @@ def _turn(heads: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 class JaxEngine:
-    """An `inference_session.engine.Engine`: any number of sessions, and a model that they share.
+    """An `inference_session.engine.Engine`: any number of sessions, sharing a model.
 
-    Between calls the last token of a session is pending, so there is something to compute the next
-    one from; if it isn't, `decode` feeds it again. Every call feeds all that is pending, whatever
-    the reason, and is atomic. The errors of `StateSlots.borrow` come from all of them.
+    Between calls the last token of a session is pending, to compute the next one from; if it isn't,
+    `decode` feeds it again. Every call feeds all pending tokens, for whatever reason they are
+    pending, is atomic, and can raise the errors of `StateSlots.borrow`.
     """
 
     def __init__(self, model: Model, *, context_length: int = 512, chunk: int = 64) -> None:
@@ -126,7 +126,7 @@ class JaxEngine:
         )
 
     def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
-        """Add tokens, and feed all but the last; `ValueError` if the model cannot take them."""
+        """Add tokens, and feed all but the last; raise `ValueError` if the model cannot take them."""
         new = self._check(tokens)
         with self.slots.borrow(session) as state:
             state.append(new)
@@ -135,7 +135,7 @@ class JaxEngine:
         return PrefillResult(tokens_processed=len(new))
 
     def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
-        """Make `tokens` the whole history; return how many of them the KV cache had already."""
+        """Make `tokens` the whole history; return how many were in the KV cache already."""
         history = self._check(tokens)
         with self.slots.borrow(session) as state:
             reused = state.reuse_prefix(history)
@@ -144,7 +144,7 @@ class JaxEngine:
         return reused
 
     def decode(self, session: Session, /) -> DecodeResult:
-        """Add the likeliest token; `ValueError` if the session is empty or its context full."""
+        """Add the likeliest token; raise `ValueError` if the session is empty or its context full."""
         with self.slots.borrow(session) as state:
             if not state.token_history:
                 raise ValueError("nothing to decode from: the session is empty, prefill it first")
@@ -156,7 +156,7 @@ class JaxEngine:
 
     def _new_cache(self) -> KVCache:
         layers, _, _, heads, head_size = self.model.query_key_value.shape
-        # A chunk may begin at the last place, and JAX moves what would not fit to where it does.
+        # A chunk may begin at the last place; without room for all of it, JAX would move it back.
         shape = (layers, self.context_length + self.chunk, heads, head_size)
         empty = jnp.zeros(shape, self.model.embedding.dtype)
         return KVCache(empty, empty, 0)
@@ -164,7 +164,7 @@ class JaxEngine:
     def _feed_all_but_last(self, state: BorrowedState[KVCache]) -> None:
         for tokens in state.chunks(self.chunk):
             self._feed(state, tokens, self.chunk)
-            # A step that was called may be under way still. Commit what is done, not what may fail.
+            # The step may still be running: wait, so that nothing is committed that may yet fail.
             jax.block_until_ready(state.kv_cache)  # type: ignore[no-untyped-call]
 
     def _feed(self, state: BorrowedState[KVCache], tokens: Sequence[int], places: int) -> jax.Array:
@@ -181,7 +181,7 @@ class JaxEngine:
         ids = [index(token) for token in tokens]
         size = len(self.model.embedding)
         for place, token in enumerate(ids):
-            if not 0 <= token < size:  # JAX would take any number; and none belongs in a log.
+            if not 0 <= token < size:  # JAX would accept any number; and none belongs in a log.
                 raise ValueError(f"token {place} (from 0) is not in the vocabulary of {size}")
         return ids
 
@@ -192,7 +192,7 @@ class JaxEngine:
 
 
 def random_model(seed: int, *, vocab_size: int = 128) -> Model:
-    """Return random weights, large enough for every token, and all that is cached of it, to show."""
+    """Return random weights, large enough for every token, cached or not, to affect the output."""
     layers, hidden, heads, feed_forward = 3, 32, 4, 64
     names = iter(jax.random.split(jax.random.key(seed), len(Model._fields)))
 

