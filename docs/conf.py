@@ -59,7 +59,7 @@ pygments_dark_style = "github-dark"  # the theme's own underlines what is import
 
 
 def setup(app: Sphinx) -> None:
-    """Write what is written by programs, and mend what Sphinx and its extensions make of the sources."""
+    """Write the generated parts, and correct the output of Sphinx and its extensions."""
     links.setup(app)
     app.connect("builder-inited", _find_order)
     app.connect("autodoc-process-docstring", _convert_sections)

@@ -1,7 +1,7 @@
-"""Draws the picture on the page of core concepts: what a session holds, call by call, in one decode step.
+"""Draws the picture on the page of core concepts: the state of a session, call by call, in one decode step.
 
-The states are not told to it: it steps a real session and draws what it sees. Colours are the theme's, light or dark.
-There are two layouts, of which the site's style shows the one that fits the screen.
+No state is made up: it steps a real session and draws the result. Colours are the theme's, light or dark.
+There are two layouts; the site's style shows the one that fits the screen.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ FAILURE: Final = "#d64550"
 
 @frozen
 class Moment:
-    """What a session holds after a call."""
+    """The state of a session after a call."""
 
     call: str
     comment: str

@@ -1,6 +1,6 @@
 """A pytest plugin that runs the samples in Markdown files and in the package's docstrings.
 
-All of them: none can be marked to be skipped.
+It runs all of them: none can be marked to be skipped.
 """
 
 from doctest import ELLIPSIS

@@ -19,13 +19,13 @@ with suppress(ImportError):  # Not on every platform; where it is, arrow keys ed
 
 
 def printable(text: str) -> str:
-    """Return the text without what a terminal would obey, and without a last half character."""
+    """Return the text without control characters, and without a last half character."""
     shown = "".join(c for c in text if c.isprintable() or c == "\n")
     return shown.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 class Chat:
-    """Has a model answer, and prints the answers as they come."""
+    """Lets a model answer, and prints the answers as they come."""
 
     def __init__(
         self,
@@ -80,8 +80,8 @@ class Chat:
         except ValueError as error:
             self._note(f"Not sent: {error}.")
         except KeyboardInterrupt:
-            # The step under way was rolled back. What was printed is what the session has, and
-            # the next turn begins from there.
+            # The step under way was rolled back. The session has exactly the tokens printed, and
+            # the next turn goes on from there.
             self._console.print()
         if not taken:
             messages.pop()
@@ -91,7 +91,7 @@ class Chat:
         self._note(f"{len(taken)} tokens, {reused} reused, {seconds:.1f} s")
 
     def _encode(self, messages: list[Message]) -> list[int]:
-        """Return the tokens of a conversation, which forgets how it began when it is too long."""
+        """Return the tokens of a conversation; drop the oldest messages if it is too long."""
         room = self._engine.model.config.context_length - self._max_tokens
         while len(tokens := self._tokenizer.encode_chat(messages)) > room:
             if len(messages) == 1:

@@ -1,7 +1,7 @@
-"""Chat with a small model on the CPU, or take a tour of what its sessions promise.
+"""Chat with a small model on the CPU, or take a tour of the promises of its sessions.
 
-Without arguments it is the tour. What the tour says is checked while it runs; if something is not
-so, it says what, and the exit code is 1.
+Without arguments, take the tour. It checks all its claims while it runs; if any is false, it says
+so, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> int:
     if is_tour and max_tokens < TOUR_NEEDS:
         parser.error(f"argument --max-tokens: the tour needs {TOUR_NEEDS} at least")
 
-    # The library that multiplies matrices for NumPy reads this once, when NumPy is imported.
+    # NumPy's library for matrix products reads this once, when NumPy is imported.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(arguments.threads)
     os.environ["VECLIB_MAXIMUM_THREADS"] = str(arguments.threads)
@@ -88,7 +88,7 @@ def main() -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return a parser for the command line."""
     parser = argparse.ArgumentParser(prog="demo.py", description=__doc__, allow_abbrev=False)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--prompt", type=prompt_text, metavar="TEXT", help="print one answer")
@@ -124,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def prompt_text(text: str) -> str:
-    """Check a text that is to be answered."""
+    """Check a text to be answered."""
     if not text.strip():
         raise argparse.ArgumentTypeError("there is nothing to answer, the text is empty")
     try:
@@ -135,7 +135,7 @@ def prompt_text(text: str) -> str:
 
 
 def whole_number(*, least: int) -> Callable[[str], int]:
-    """Return what reads a whole number that is not too small."""
+    """Return a function that reads a whole number of at least `least`."""
 
     def read(text: str) -> int:
         try:
@@ -163,8 +163,8 @@ def temperature(text: str) -> float:
 def idle_cores() -> int:
     """Return how many threads to compute with, 4 at most.
 
-    Threads that share a product wait for the slowest: one that must wait for a core makes all of
-    it many times slower than it is on a single thread.
+    Threads sharing a product wait for the slowest one: if that has to wait for a core, everything
+    is many times slower than on a single thread.
     """
     cores = os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # Not on Windows.
@@ -180,7 +180,7 @@ def load(console: Console) -> tuple[Llama, ChatTokenizer]:
         return smollm2.load(path)
     columns = (TextColumn("Loading SmolLM2-135M"), BarColumn(None), TaskProgressColumn())
     with Progress(*columns, console=console, transient=True, expand=True) as progress:
-        task = progress.add_task("", total=None)  # How much there is, the file's head will tell.
+        task = progress.add_task("", total=None)  # The total is in the head of the file.
         return smollm2.load(
             path, lambda done, total: progress.update(task, completed=done, total=total)
         )
@@ -193,7 +193,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output is gone. Nor can the interpreter flush it when it ends.
+        # The reader of the output is gone, and the interpreter must not try to flush it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     sys.exit(code)

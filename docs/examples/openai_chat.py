@@ -1,6 +1,6 @@
-"""OpenAI's chat protocol, as far as `server.py` speaks it. Of engines and sessions it knows nothing.
+"""OpenAI's chat protocol, as far as `server.py` speaks it, independent of engines and sessions.
 
-Beyond OpenAI's, requests and answers have a `session_id`.
+In addition to OpenAI's fields, requests and answers have a `session_id`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 END_OF_STREAM = "data: [DONE]\n\n"
 MAX_CHARACTERS = 1_000_000
-"""Of a conversation: no model here has room for more, and to find that out takes long."""
+"""The limit of a conversation: no model here has room for more, and tokenizing it would take long."""
 
 
 class Strict(BaseModel):
-    """What a client sends. What the server would not heed is refused, not ignored."""
+    """Part of a request. Fields unknown to the server are refused, not ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, data: object) -> object:
-        """Take null for nothing, as many clients send all there is."""
+        """Treat null as absent, as many clients send every field."""
         if not isinstance(data, dict):
             return data
         values = cast("dict[str, object]", data)
@@ -38,7 +38,7 @@ class Strict(BaseModel):
 def _check_text(text: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError:  # It would say what the text is.
+    except UnicodeEncodeError:  # Its message would show the text.
         msg = "half a character is no text"
         raise ValueError(msg) from None
     return text
@@ -76,7 +76,7 @@ class StreamOptions(Strict):
 
 
 class ChatRequest(Strict):
-    """What asks for an answer."""
+    """A request for an answer."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
@@ -108,15 +108,15 @@ class ChatRequest(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """How many tokens an answer took."""
+    """The numbers of tokens of an answer."""
 
     prompt: int
     cached: int
-    """Of the prompt: what was in the KV cache already."""
+    """Tokens of the prompt that were in the KV cache already."""
     completion: int
 
     def as_dict(self) -> dict[str, object]:
-        """Return it as the protocol has it."""
+        """Return it in the protocol's form."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -141,7 +141,7 @@ class Reply:
         return self._object("chat.completion", choice, usage=usage.as_dict())
 
     def chunk(self, delta: Mapping[str, str], finish_reason: str | None = None) -> str:
-        """Return an event with what is new."""
+        """Return an event with the new part."""
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         return event(self._object("chat.completion.chunk", choice))
 

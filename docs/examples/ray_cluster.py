@@ -39,15 +39,15 @@ T = TypeVar("T")
 Actor: TypeAlias = "ActorProxy[EngineActor]"
 
 ATTEMPTS = 3
-"""How many actors may fail a step or a start, one after the other, before it fails."""
+"""How often a step or a start is tried, each time on another actor, before it fails."""
 
 
 class EngineActor:
     """An engine in a process of its own, with the sessions whose KV caches are there.
 
-    Every call says what all the tokens are. A session that is here spares the work for the prefix
-    that both have in common; one that isn't is opened, and all is prefilled. So a call may come to
-    an actor that never heard of the session, and what became of an earlier one doesn't matter.
+    Every call carries all tokens. A session that is here saves the work for their common prefix;
+    a missing one is opened, and everything is prefilled. So any actor can take a call, even if it
+    has never had the session, and the outcome of earlier calls doesn't matter.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class EngineActor:
 
     @ray.method
     def prefill(self, session_id: UUID, tokens: Sequence[int]) -> int:
-        """Make `tokens` what a session has, and return how many of them were reused."""
+        """Make `tokens` the history of a session, and return how many of them were reused."""
         return self._engine.prompt(self._session(session_id), tokens)
 
     @ray.method
     def decode(
         self, session_id: UUID, tokens: Sequence[int], count: int, seed: int | None
     ) -> list[int]:
-        """Return `count` tokens that follow `tokens`; fewer if that's the end of the context."""
+        """Return the next `count` tokens after `tokens`; fewer at the end of the context."""
         sample = greedy if seed is None else sampling(seed=seed)
         session = self._session(session_id)
         steps = self._engine.answer(session, lambda _: tokens, count, sample=sample)
@@ -73,7 +73,7 @@ class EngineActor:
 
     @ray.method
     def close(self, session_id: UUID) -> None:
-        """Close a session if it is here; a step of it that is under way ends soon."""
+        """Close a session if it is here; a step under way ends soon."""
         with suppress(SessionNotFoundError):
             self._registry.close(session_id)
 
@@ -90,21 +90,21 @@ class EngineActor:
 
 @dataclass(eq=False)
 class Conversation:
-    """What the driver knows of a session."""
+    """The driver's record of a session."""
 
     session_id: UUID
     seed: int | None
     tokens: array[int] = field(default_factory=partial(array, "i"))
-    """Replaced, never changed: another object is another state."""
+    """Replaced, never changed: another object means another state."""
     actor: Actor | None = None
-    """The actor that has the session; None until there is one, and when it has died."""
+    """The session's actor; None until there is one, and after its death."""
 
 
 class Cluster:
     """Engine actors, and the conversations that outlive them; for the tasks of one event loop.
 
-    The errors of the engine and of the library come back from the actors as they are, `session_id`
-    included. A step that fails, or is cancelled, changes nothing.
+    Errors of the engine and the library come back from the actors unchanged, `session_id`
+    included. A failed or cancelled step changes nothing.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Cluster:
         actor = ray.remote(EngineActor).options(num_cpus=1, max_concurrency=threads)
         self._new_actor: Callable[[], Actor] = partial(actor.remote, make_engine, make_registry)
         self._size = actors
-        self._actors: list[Actor] = []  # Those that are ready.
+        self._actors: list[Actor] = []  # Only those ready for work.
         self._starting: set[asyncio.Task[None]] = set()
         self._conversations: dict[UUID, Conversation] = {}
 
@@ -137,9 +137,9 @@ class Cluster:
     async def open(
         self, tokens: Sequence[int], *, session_id: UUID | None = None, seed: int | None = None
     ) -> UUID:
-        """Begin a conversation on the actor that has the fewest.
+        """Begin a conversation, on the actor with the fewest.
 
-        Its tokens are the likeliest ones; if there is a seed, they are drawn.
+        Its tokens are the likeliest ones; with a seed, they are drawn.
         """
         session_id = session_id or uuid4()
         if session_id in self._conversations:
@@ -173,7 +173,7 @@ class Cluster:
         return new
 
     async def close(self, session_id: UUID) -> None:
-        """End a conversation; a step of it that is under way ends soon."""
+        """End a conversation; a step under way ends soon."""
         conversation = self._find(session_id)
         del self._conversations[session_id]
         if conversation.actor is not None:
@@ -185,11 +185,11 @@ class Cluster:
         return self._find(session_id).tokens.tolist()
 
     async def actor(self, session_id: UUID) -> Actor:
-        """Return the actor that has a conversation's session, or will have it."""
+        """Return the actor of a conversation's session, present or future."""
         return await self._actor_of(self._find(session_id))
 
     async def _step(self, conversation: Conversation, call: Callable[[Actor], Awaitable[T]]) -> T:
-        """Call the actor that has the session; if it's gone, another one, which then has it."""
+        """Call the session's actor; if that is gone, move the session to another one."""
         session_id, tokens = conversation.session_id, conversation.tokens
         for attempts_left in reversed(range(ATTEMPTS)):
             actor = await self._actor_of(conversation)
@@ -197,7 +197,7 @@ class Cluster:
                 result = await call(actor)
             except (RayActorError, SessionNotFoundError, SessionClosedError) as error:
                 # The actor died or is out of reach (ActorDiedError, ActorUnavailableError). Or its
-                # registry is full, and has closed this session for another one just now.
+                # registry was full, and has just closed this session to make room for another.
                 if isinstance(error, RayActorError):
                     self._replace(actor)
                 if not attempts_left or self._conversations.get(session_id) is not conversation:
@@ -209,7 +209,7 @@ class Cluster:
                 if conversation.tokens is not tokens:  # Another step was quicker.
                     raise SessionBusyError(session_id)
                 return result
-        raise AssertionError  # The last attempt ended in one way or the other.
+        raise AssertionError  # The last attempt has returned or raised.
 
     def _find(self, session_id: UUID) -> Conversation:
         try:
@@ -218,10 +218,10 @@ class Cluster:
             raise SessionNotFoundError(session_id) from None
 
     async def _actor_of(self, conversation: Conversation) -> Actor:
-        """Return the actor of a conversation; if it has none, it gets the one with the fewest."""
+        """Return the actor of a conversation; if it has none, choose the one with the fewest."""
         while conversation.actor is None:
             while not self._actors:  # They all died.
-                if not self._starting:  # So did the last one that was to replace one.
+                if not self._starting:  # And so did the last replacement.
                     self._start_actor()
                 done, _ = await asyncio.wait(self._starting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -240,7 +240,7 @@ class Cluster:
                 conversation.actor = None
         if actor in self._actors:  # Else another step was the first to see it.
             self._actors.remove(actor)
-            kill(actor)  # If it was out of reach only: nobody will call it any more.
+            kill(actor)  # Even if it was only out of reach: nobody will call it any more.
             self._start_actor()
 
     def _start_actor(self) -> None:
@@ -251,7 +251,7 @@ class Cluster:
             for attempts_left in reversed(range(ATTEMPTS)):
                 actor = self._new_actor()
                 try:
-                    await actor.pid.remote()  # It has loaded its model: nobody waits for that.
+                    await actor.pid.remote()  # From here on, its model is loaded.
                 except RayActorError:
                     if not attempts_left:
                         raise

@@ -1,7 +1,7 @@
-"""Conversations on a cluster of two engine actors, which are killed while they answer.
+"""Conversations on a cluster of two engine actors, killed while they answer.
 
-The cluster is on this machine. All is done twice, undisturbed and with the actors killed; if the
-answers differ, the exit code is 1.
+The cluster is on this machine. Every answer is computed twice, undisturbed and with actors killed;
+if they differ, the exit code is 1.
 """
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def start_ray(cpus: int = 2) -> None:
-    """Start Ray on this machine alone; its processes import what this one can."""
+    """Start Ray on this machine alone; its processes have the import path of this one."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
     ray.init(
@@ -110,7 +110,7 @@ def encode(question: str, tokenizer: ChatTokenizer | None) -> list[int]:
 
 
 def first_turn(answer: Sequence[int], tokenizer: ChatTokenizer) -> str:
-    """Return the text of an answer, up to where the model ended it."""
+    """Return the text of an answer, up to the model's end of turn."""
     return tokenizer.decode(list(takewhile(tokenizer.end_of_turn.__ne__, answer)))
 
 
@@ -121,9 +121,9 @@ async def converse(
     tokens_each: int,
     deaths: Mapping[int, Callable[[Actor], Awaitable[str]]],
 ) -> list[list[int]]:
-    """Return the answers to all prompts, which the cluster works at side by side.
+    """Return the answers to all prompts, computed side by side.
 
-    `deaths` are by the number of tokens that the first answer has then.
+    Each of `deaths` happens when the first answer has that number of tokens.
     """
     for session_id, prompt, seed in zip(ids, prompts, SEEDS, strict=True):
         await cluster.open(prompt, session_id=session_id, seed=seed)
@@ -146,7 +146,7 @@ async def converse(
 
 
 async def kill_process(actor: Actor) -> str:
-    """Let the process of an actor be gone at once."""
+    """Kill the process of an actor at once."""
     pid = await actor.pid.remote()
     os.kill(pid, signal.SIGKILL)
     return f"SIGKILL to process {pid}"
@@ -159,7 +159,7 @@ async def kill_actor(actor: Actor) -> str:
 
 
 async def send_a_session(cluster: Cluster) -> str:
-    """Make a mistake, and return what the library says to it."""
+    """Make a mistake, and return the library's error message."""
     session_id = await cluster.open([1])
     with Session() as session:
         try:

@@ -1,8 +1,8 @@
 """A chat server over the NumPy engine: OpenAI's protocol, and a session to go on with.
 
-An answer borrows its session once, from the prompt to the last token. So what the library promises,
-the server does: of two requests at once one is refused, an answer under way is never evicted, and a
-client that leaves gives its session back. `server.md` tells how to run it and how to talk to it.
+An answer borrows its session once, from the prompt to the last token. So the library's promises
+hold for the server: of two requests at once one is refused, an answer under way is never evicted,
+and a client that leaves gives its session back. `server.md` explains how to run it and talk to it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ log = logging.getLogger("chat_server")
 
 
 class Tokenizer(Protocol):
-    """What the server asks of a tokenizer; `smollm2.ChatTokenizer` explains it."""
+    """The tokenizer's interface for the server; `smollm2.ChatTokenizer` explains it."""
 
     end_of_turn: int
 
@@ -74,7 +74,7 @@ class Tokenizer(Protocol):
 
 
 class ChatServer:
-    """Serves an engine; `app` is what a web server runs."""
+    """Serves an engine; `app` is to be run by a web server."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class ChatServer:
         max_tokens: int = 256,
         threads: int = 1,
     ) -> None:
-        """Compute up to `threads` steps at once; an answer has `max_tokens` unless its request says."""
+        """Compute up to `threads` steps at once; answers have at most `max_tokens` by default."""
         self.engine = engine
         self.tokenizer = tokenizer
         self.registry = registry
@@ -110,7 +110,7 @@ class ChatServer:
         return protocol.model_list(MODEL)
 
     async def health(self) -> dict[str, object]:
-        """Tell how much there is to do."""
+        """Return the present load."""
         sessions, kv_bytes = len(self.registry), self.engine.memory.used
         return {"status": "ok", "sessions": sessions, "kv_bytes": kv_bytes}
 
@@ -166,14 +166,14 @@ class Answer:
     async def step(self) -> bool:
         """Take a step, in a thread; return whether there was one left.
 
-        If the client leaves, it waits for the thread. If the server ends, it can't: then the thread
-        ends the answer after this step.
+        If the client leaves, this waits for the thread. If the server exits, it can't: the thread
+        then ends the answer after this step.
         """
         step = await to_thread.run_sync(self._next, limiter=self._server.limiter)
         return step is not None
 
     def close(self) -> None:
-        """Give the session back, at once or after the step under way; its history has the tokens so far."""
+        """Give the session back with the tokens so far, at once or after the step under way."""
         self._closed = True
         if self._running.acquire(blocking=False):  # Else its thread comes here when it's done.
             try:
@@ -191,7 +191,7 @@ class Answer:
 
     @property
     def usage(self) -> protocol.Usage:
-        """What the answer took so far."""
+        """The numbers of tokens so far."""
         return protocol.Usage(
             prompt=self._prompt_length,
             cached=self._prompt_length - self._fed,
@@ -199,7 +199,7 @@ class Answer:
         )
 
     def _run(self) -> Generator[Step, None, None]:
-        """Everything that takes time: each step runs in a thread."""
+        """All the work, in steps; each runs in a thread."""
         registry, tokenizer = self._server.registry, self._server.tokenizer
         id_ = self._request.session_id
         self._session = session = registry.open() if id_ is None else registry[id_]
@@ -250,7 +250,7 @@ class Answer:
         )
 
     def _prompt(self, history: Sequence[int]) -> Sequence[int]:
-        """Return what the history shall be: messages of the user alone continue it."""
+        """Return the new history: messages of the user alone continue the present one."""
         messages: list[Message] = [(each.role, each.text) for each in self._request.messages]
         tokenizer = self._server.tokenizer
         if history and all(role == "user" for role, _ in messages):
@@ -262,7 +262,7 @@ class Answer:
 
 
 class EventStream(StreamingResponse):
-    """An answer as server-sent events; when the client leaves, it ends at once, not some day."""
+    """An answer as server-sent events; it ends as soon as the client leaves."""
 
     def __init__(
         self, answer: Answer, reply: protocol.Reply, *, usage: bool, headers: Mapping[str, str]
@@ -322,7 +322,7 @@ async def while_connected(request: Request, work: Awaitable[Response]) -> Respon
 async def refuse(request: Request, error: Exception) -> Response:
     """Answer with an error."""
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]  # Its "input" is what somebody wrote: not repeated.
+        first = error.errors()[0]  # Its "input" is a client's text: don't repeat it.
         where = ".".join(str(part) for part in first["loc"][1:]) or "body"
         body = protocol.error(422, "invalid_request", f"{where}: {first['msg']}", where)
         return JSONResponse(body, 422)
@@ -333,7 +333,7 @@ async def refuse(request: Request, error: Exception) -> Response:
     status, code, message = explain(error)
     headers = {"Retry-After": "1"} if status in {409, 503} else {}
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        headers["Connection"] = "close"  # That's what uvicorn does after it.
+        headers["Connection"] = "close"  # uvicorn closes it in any case.
     return JSONResponse(protocol.error(status, code, message), status, headers)
 
 

@@ -21,8 +21,8 @@ def speculate(
 ) -> list[int]:
     """Add the next tokens of `session`, from 1 to `guesses` + 1, and return them.
 
-    They are those that as many calls of `engine.decode` would add. What the draft guesses decides
-    only how many there are. It has a session of its own, and may be any model with the same
+    They are the same as from so many calls of `engine.decode`: the draft's guesses decide only how
+    many there are. The draft has a session of its own, and may be any model with the same
     vocabulary.
     """
     with engine.slots.borrow(session) as state:
@@ -46,7 +46,7 @@ def speculate(
             tokens.append(sample(row, length + len(tokens)))
             if tokens[-1] != guessed_token:
                 break
-        # What was guessed right stays, in the KV cache, too. The last token was not a guess.
+        # Right guesses stay, also in the KV cache. The last token was not a guess.
         state.rewind(length + len(tokens) - 1, pending=0)
         state.append(tokens[-1:])
     return tokens
@@ -55,10 +55,9 @@ def speculate(
 def guess(
     draft: LlamaEngine, session: Session, history: Sequence[int], count: int, sample: Sampler
 ) -> list[int]:
-    """Return up to `count` tokens that may follow `history`.
+    """Guess up to `count` tokens to follow `history`.
 
-    The draft's session drops by itself what was guessed wrong the last time, and takes what it did
-    not guess.
+    The draft's session drops its last wrong guesses by itself, and takes the right tokens instead.
     """
     if count < 1 or len(history) >= draft.model.config.context_length:
         return []

@@ -1,4 +1,4 @@
-"""A tour of what a session promises, each promise shown on a real model and checked."""
+"""A tour of a session's promises, each shown on a real model and checked."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ SECONDS_BETWEEN_FRAMES = 0.08
 
 
 class Talk:
-    """A conversation as its client sees it: a session, and what was said."""
+    """A conversation as its client sees it: a session, and its messages."""
 
     def __init__(self, title: str = "") -> None:
         self.session = Session()
         self.messages: list[Message] = []
         self.answer: list[int] = []
-        """Tokens of the last answer, which `messages` has when it is over."""
+        """Tokens of the present answer; at its end, it moves to `messages`."""
         self.title = title or f"session {str(self.session.id)[:8]}"
 
 
 class Tour:
-    """Shows what sessions promise, and keeps count of what was not so."""
+    """Shows the promises of sessions, and counts broken ones."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Tour:
         self._measured: list[tuple[str, str]] = []
 
     def run(self, load_seconds: float, threads: int) -> int:
-        """Go through it all; return how many claims were false."""
+        """Show everything; return the number of false claims."""
         self._console.print(
             "[bold]SmolLM2-135M-Instruct[/], a chat model of 135 million parameters, "
             f"computed by NumPy on {threads} thread{'s' * (threads > 1)}."
@@ -94,7 +94,7 @@ class Tour:
         self._sum_up()
         return len(self._false)
 
-    # The acts
+    # The parts of the tour
 
     def _many_at_once(self) -> list[Talk]:
         self._heading("Four conversations at once, one pass over the weights for all")
@@ -170,7 +170,7 @@ class Tour:
         self._fill_up(first)
         with self._engine.slots.borrow(first.session) as state:
             layer_bytes = state.kv_cache.layers[0].nbytes
-        # A cache that is full doubles, layer by layer. Leave room for twelve of its layers.
+        # A full cache doubles, layer by layer. Leave room for twelve of its layers.
         memory.limit = memory.used + 13 * layer_bytes
         before: list[list[int]] = []
         failure = ""
@@ -299,7 +299,7 @@ class Tour:
         else:
             self._console.print(f"All {self._claims} claims checked are true.", style="bold green")
 
-    # What a client does
+    # The client
 
     def _ask(self, talk: Talk, question: str) -> list[int]:
         """Add a question to a conversation and return all of its tokens."""
@@ -312,7 +312,7 @@ class Tour:
             talk.messages.append(("assistant", self._tokenizer.decode(talk.answer)))
 
     def _answer(self, talks: Sequence[Talk]) -> None:
-        """Show the answers, or what is missing of them, of conversations that run as a batch."""
+        """Show the answers of conversations in a batch, or the rest of them."""
         with self._shown(talks) as show:
             self._finish(talks, show)
 
@@ -332,7 +332,7 @@ class Tour:
         ]
 
     def _twin(self, talk: Talk) -> Talk:
-        """Return the same conversation in a session of its own that nothing disturbs."""
+        """Return the same conversation in an undisturbed session of its own."""
         twin = Talk()
         with twin.session, self._waiting("The same again, each alone and undisturbed, to compare"):
             self._engine.prefill(twin.session, self._tokenizer.encode_chat(talk.messages))
@@ -342,7 +342,7 @@ class Tour:
         return twin
 
     def _fill_up(self, talk: Talk) -> None:
-        """Ask a question that leaves room for three tokens in the KV cache as large as it is."""
+        """Ask a question so long that the present KV cache has room for only three more tokens."""
         with self._engine.slots.borrow(talk.session) as state:
             capacity = state.kv_cache.layers[0].shape[2]
         text = ""
@@ -360,7 +360,7 @@ class Tour:
         with self._engine.slots.borrow(talk.session) as state:
             return list(state.token_history)
 
-    # What the terminal shows
+    # The terminal
 
     def _heading(self, text: str) -> None:
         self._headings += 1
@@ -388,7 +388,7 @@ class Tour:
 
     @contextmanager
     def _shown(self, talks: Sequence[Talk]) -> Generator[Callable[[], None], None, None]:
-        """Show conversations while they grow: call what this gives whenever they have."""
+        """Show conversations while they grow: call the yielded function after each change."""
         if not self._console.is_terminal:
             yield lambda: None
         else:
@@ -406,7 +406,7 @@ class Tour:
         self._console.print(self._panels(talks))
 
     def _panels(self, talks: Sequence[Talk]) -> Table:
-        """Return conversations side by side, as many as the terminal is wide for."""
+        """Return conversations side by side, as many as the terminal has room for."""
         fitting = (n for n in (4, 2) if n * COLUMN_WIDTH <= self._console.width)
         columns = min(next(fitting, 1), len(talks))
         grid = Table.grid(expand=True)
@@ -441,7 +441,7 @@ def _same(talks: Sequence[Talk], twins: Sequence[Talk]) -> bool:
 
 @contextmanager
 def stopwatch() -> Generator[Callable[[], float], None, None]:
-    """Give what returns, after the block, the milliseconds that it took."""
+    """Yield a function that returns, after the block, its duration in milliseconds."""
     start = time.perf_counter()
     end = start
     yield lambda: (end - start) * 1000

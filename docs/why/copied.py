@@ -1,4 +1,4 @@
-"""What happens to a KV cache that is kept for later: first without a session, then with one.
+"""The fate of a KV cache kept for later: first without a session, then with one.
 
 python docs/why/copied.py
 """
@@ -28,11 +28,11 @@ torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 MODEL = random_llama(0)
 SYSTEM: list[int] = torch.randint(128, (13,), generator=torch.Generator().manual_seed(1)).tolist()
-FIRST, SECOND = [5, 17, 3, 99, 42], [8, 61, 70, 2, 11]  # What two users ask.
+FIRST, SECOND = [5, 17, 3, 99, 42], [8, 61, 70, 2, 11]  # Questions of two users.
 
 
 def generate(prompt: Sequence[int], cache: DynamicCache | None = None) -> list[int]:
-    """Return seven tokens that follow a prompt; what the cache covers of it need not be fed."""
+    """Return the next seven tokens after a prompt; tokens in the cache are not fed again."""
     ids = torch.tensor([prompt])
     output = cast("Any", MODEL).generate(
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=7

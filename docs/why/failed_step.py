@@ -1,4 +1,4 @@
-"""What happens to a KV cache when a step fails half-way: without a session, then with one.
+"""The fate of a KV cache when a step fails half-way: without a session, then with one.
 
 python docs/why/failed_step.py
 """
@@ -48,7 +48,7 @@ def feed(cache: DynamicCache, tokens: Sequence[int]) -> int:
 
 
 def answer(cache: DynamicCache, token: int) -> list[int]:
-    """Return eight tokens that follow one more."""
+    """Feed one more token, and return the next eight."""
     tokens = [token]
     for _ in range(8):
         tokens.append(feed(cache, tokens[-1:]))
@@ -61,7 +61,7 @@ def covered(cache: DynamicCache) -> list[int]:
 
 
 def right_answer() -> list[int]:
-    """Return what follows when nothing has failed."""
+    """Return the answer without a failure."""
     cache = DynamicCache(config=MODEL.config)
     feed(cache, PROMPT)
     return answer(cache, NEXT)

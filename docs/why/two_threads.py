@@ -1,4 +1,4 @@
-"""What happens to a KV cache that two threads step at once: without a session, then with one.
+"""The fate of a KV cache stepped by two threads at once: without a session, then with one.
 
 python docs/why/two_threads.py
 """
@@ -62,7 +62,7 @@ def tensors(cache: DynamicCache) -> list[torch.Tensor]:
 
 
 def at_once(*steps: Callable[[], object]) -> list[Exception]:
-    """Do some steps in a thread each, all at once; return what they raised."""
+    """Do some steps in a thread each, all at once; return their exceptions."""
     raised: list[Exception] = []
     start = Barrier(len(steps))
 
@@ -82,7 +82,7 @@ def at_once(*steps: Callable[[], object]) -> list[Exception]:
 
 
 def without_a_session() -> None:
-    """Feed a cache two tokens by two threads: it may have them in either order, one would think."""
+    """Feed a cache two tokens by two threads; one would expect them in either order."""
     in_order = [filled(5, 9), filled(9, 5)]
     corrupt, raised = 0, 0
     for _ in range(TRIALS):
@@ -109,7 +109,7 @@ def with_a_session() -> None:
             assert len(raised) < 2
             busy += len(raised)
             for _ in raised:
-                engine.decode(session)  # Whoever was refused tries again.
+                engine.decode(session)  # The refused one tries again.
             with engine.slots.borrow(session) as state:
                 tokens = state.token_history == PROMPT + expected
                 cache = cast("DynamicCache", state.kv_cache)
