@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.caches import Cache, Memory
-from tests.weather import Weather, delivery_points
+from tests.interrupts import Interrupter, delivery_points
 
 from inference_session import Session
 from inference_session.engine import StateSlots
@@ -35,13 +35,13 @@ def session(memory: Memory) -> Iterator[Session]:
 
 
 @pytest.fixture
-def weather() -> Iterator[Weather]:
-    """Have the delivery points counted."""
-    weather = Weather()
+def interrupter() -> Iterator[Interrupter]:
+    """Count the delivery points of interrupts."""
+    interrupter = Interrupter()
     gc.collect()
-    gc.disable()  # or else strikes hit finalizers of what other tests left
+    gc.disable()  # no interrupts in the finalizers of other tests' objects
     try:
-        with delivery_points(weather):
-            yield weather
+        with delivery_points(interrupter):
+            yield interrupter
     finally:
         gc.enable()

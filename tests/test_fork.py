@@ -22,7 +22,7 @@ from inference_session.exceptions import SessionBusyError, SessionForkedError
 SCRIPTS = Path(__file__).parent / "scripts"
 
 UNMEASURED = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
-"""For processes whose interrupts, forks or finalizers would strike the locks of a coverage tool, and hang there."""
+"""For processes whose interrupts, forks or finalizers would hit the locks of a coverage tool, and hang there."""
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -1,7 +1,7 @@
 """A registry in the hands of threads, signal handlers, finalizers and forks: whole at every instant, and never waiting.
 
-`create` and `release` are C functions here, as in test_interrupts.py, so that no strike hits them before they do what
-they're for.
+`create` and `release` are C functions here, as in tracked_engines.py, so that no interrupt keeps them from doing their
+work.
 """
 
 import gc
@@ -19,7 +19,7 @@ from uuid import UUID
 
 import pytest
 from tests.books import check_books, sizes
-from tests.weather import Strike, Weather
+from tests.interrupts import Interrupt, Interrupter
 
 from inference_session import Session, SessionRegistry
 from inference_session._lock import lock
@@ -37,7 +37,7 @@ IDS = [UUID(int=number) for number in range(6)]
 FORKS = Path(__file__).parent / "scripts" / "registry_forks.py"
 
 UNMEASURED = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
-"""For processes whose interrupts, forks or finalizers would strike the locks of a coverage tool, and hang there."""
+"""For processes whose interrupts, forks or finalizers would hit the locks of a coverage tool, and hang there."""
 
 
 class Cache(list[int]):
@@ -81,7 +81,7 @@ class Story:
         self.kept: list[Session] = []
 
     def open(self, id: UUID) -> Session:  # noqa: A002
-        """Open a session, and keep it, so that none is finalised where a strike would hit that."""
+        """Open a session, and keep it, so that none is finalised where an interrupt may come."""
         session = self.registry.open(id)
         self.kept[END:] = (session,)
         return session
@@ -128,13 +128,13 @@ class Story:
         self.kept.clear()
 
 
-def test_a_strike_at_every_delivery_point(weather: Weather) -> None:
-    """Wherever an interrupt strikes, the registry is whole and works on, and every KV cache comes back once."""
+def test_an_interrupt_at_every_delivery_point(interrupter: Interrupter) -> None:
+    """Wherever an interrupt comes, the registry is whole and works on, and every KV cache comes back once."""
     point = 0
     while True:
         point += 1
         story = Story()
-        error = weather.run(story.run, point)
+        error = interrupter.run(story.run, point)
         if error is None:
             break
         story.check()
@@ -145,7 +145,7 @@ def test_a_strike_at_every_delivery_point(weather: Weather) -> None:
     story.engine.check()
 
 
-def test_no_delivery_point_under_the_lock(weather: Weather) -> None:
+def test_no_delivery_point_under_the_lock(interrupter: Interrupter) -> None:
     """No signal handler ever runs while the lock is held, so whatever it waits for, it doesn't wait for itself."""
     held: list[int] = []
     point = 0
@@ -158,14 +158,14 @@ def test_no_delivery_point_under_the_lock(weather: Weather) -> None:
     while True:
         point += 1
         story = Story()
-        weather.run(story.run, point, act=look)
-        if weather.reached < point:
+        interrupter.run(story.run, point, act=look)
+        if interrupter.reached < point:
             break
     assert held == []
     assert point > 300
 
 
-def test_a_handler_that_uses_the_registry(weather: Weather) -> None:
+def test_a_handler_that_uses_the_registry(interrupter: Interrupter) -> None:
     """A signal handler may open, look up, step and close sessions of the registry at work, at any instant."""
     point = 0
     while True:
@@ -183,8 +183,8 @@ def test_a_handler_that_uses_the_registry(weather: Weather) -> None:
                     use()
 
         with suppress(SessionError):  # of the story itself, as a session isn't there any more
-            weather.run(story.run, point, act=serve)
-        if weather.reached < point:
+            interrupter.run(story.run, point, act=serve)
+        if interrupter.reached < point:
             break
         check_books(story.registry, 3)
         story.check()
@@ -467,6 +467,6 @@ def test_a_fork() -> None:
     engine.check()
 
 
-def test_strikes_are_nobodys() -> None:
-    """The strikes of these tests aren't caught by what catches errors."""
-    assert not issubclass(Strike, Exception)
+def test_interrupts_are_no_errors() -> None:
+    """The interrupts of these tests pass through every `except Exception`."""
+    assert not issubclass(Interrupt, Exception)

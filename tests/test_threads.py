@@ -24,7 +24,7 @@ FINALIZERS = Path(__file__).parent / "scripts" / "finalizers.py"
 THREADS = 4
 
 UNMEASURED = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
-"""For processes whose interrupts, forks or finalizers would strike the locks of a coverage tool, and hang there."""
+"""For processes whose interrupts, forks or finalizers would hit the locks of a coverage tool, and hang there."""
 
 
 class Cache(list[int]):

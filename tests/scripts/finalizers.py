@@ -66,7 +66,7 @@ def steal(session: Session) -> None:
         slots.evict(session)
 
 
-def rain(
+def end_by_finalizers(
     do: Callable[[Session], None], end: Callable[[Session], None], first: int, second: int
 ) -> int:
     """Take a session, let a finalizer end it after some allocations, and another one some later, and tell how many."""
@@ -103,7 +103,7 @@ def main() -> None:
         for end in (Session.close, steal):
             for first in range(1, 25):
                 for second in range(1, 7):
-                    ran += rain(do, end, first, second)
+                    ran += end_by_finalizers(do, end, first, second)
     gone = [id(cache) for cache in released]
     assert sorted(gone) == sorted(id(cache) for cache in created)
     print(ran)  # noqa: T201

@@ -1,7 +1,7 @@
-"""Interrupts that strike at a chosen instant: at the first of all delivery points, at the second, and so on.
+"""Interrupts at chosen instants: at the first of all delivery points, at the second, and so on.
 
-CPython delivers interrupts (what signal handlers raise, and `PyThreadState_SetAsyncExc`) on entering a Python function,
-after calls of C functions and on backward jumps, nowhere else. So the delivery points can be counted.
+CPython delivers interrupts (exceptions from signal handlers and from `PyThreadState_SetAsyncExc`) on entering a Python
+function, after calls of C functions and on backward jumps, nowhere else. So the delivery points can be counted.
 """
 
 import sys
@@ -12,27 +12,27 @@ from types import CodeType, FrameType
 from inference_session.exceptions import SessionClosedError
 
 
-class Strike(BaseException):
-    """As `KeyboardInterrupt`, but nobody else's."""
+class Interrupt(BaseException):
+    """Like `KeyboardInterrupt`, but raised by nobody else."""
 
 
-class Weather:
+class Interrupter:
     """Counts the delivery points of interrupts while it is `armed`, and acts at some of them."""
 
     def __init__(self) -> None:
         self.armed = False
         self.reached = 0
-        self.strikes: frozenset[int] = frozenset()
-        self.act: Callable[[], None] = strike
+        self.points: frozenset[int] = frozenset()
+        self.act: Callable[[], None] = interrupt
         self.acting = False
         self.watch: Callable[[], None] = lambda: None
 
     def point(self, code: CodeType) -> None:
-        """Be told of a delivery point."""
+        """Count a delivery point, and act if it is one of the chosen ones."""
         if not self.armed or self.acting or code is THE_RUN:
             return
         self.reached += 1
-        if self.reached in self.strikes:
+        if self.reached in self.points:
             self.acting = True
             try:
                 self.act()
@@ -40,17 +40,17 @@ class Weather:
                 self.acting = False
 
     def run(
-        self, scenario: Callable[[], None], *strikes: int, act: Callable[[], None] | None = None
+        self, scenario: Callable[[], None], *points: int, act: Callable[[], None] | None = None
     ) -> BaseException | None:
-        """Run a scenario, act at some delivery points, and return what it raised."""
+        """Run a scenario, act at some delivery points, and return its exception."""
         self.reached = 0
-        self.strikes = frozenset(strikes)
-        self.act = act or strike
+        self.points = frozenset(points)
+        self.act = act or interrupt
         self.watch()
         try:
             self.armed = True
             scenario()
-        except (Strike, SessionClosedError) as error:
+        except (Interrupt, SessionClosedError) as error:
             self.armed = False
             return error
         finally:
@@ -58,34 +58,34 @@ class Weather:
         return None
 
 
-THE_RUN = Weather.run.__code__
+THE_RUN = Interrupter.run.__code__
 
 
-def strike() -> None:
+def interrupt() -> None:
     """Interrupt."""
-    raise Strike
+    raise Interrupt
 
 
 if sys.version_info >= (3, 12):
     TOOL = 4
 
     @contextmanager
-    def delivery_points(weather: Weather) -> Generator[None, None, None]:
-        """Tell of every delivery point."""
+    def delivery_points(interrupter: Interrupter) -> Generator[None, None, None]:
+        """Report every delivery point."""
         monitoring = sys.monitoring
         events = monitoring.events
 
         def entered(code: CodeType, offset: int) -> None:
-            weather.point(code)
+            interrupter.point(code)
 
         def returned(code: CodeType, offset: int, function: object, first: object) -> None:
-            weather.point(code)
+            interrupter.point(code)
 
         def jumped(code: CodeType, offset: int, destination: int) -> None:
             if destination < offset:
-                weather.point(code)
+                interrupter.point(code)
 
-        monitoring.use_tool_id(TOOL, "weather")
+        monitoring.use_tool_id(TOOL, "interrupter")
         monitoring.register_callback(TOOL, events.PY_START, entered)
         monitoring.register_callback(TOOL, events.PY_RESUME, entered)
         monitoring.register_callback(TOOL, events.C_RETURN, returned)
@@ -103,17 +103,17 @@ if sys.version_info >= (3, 12):
 else:
 
     @contextmanager
-    def delivery_points(weather: Weather) -> Generator[None, None, None]:
-        """Tell of most delivery points: not of backward jumps, nor of calls of types."""
+    def delivery_points(interrupter: Interrupter) -> Generator[None, None, None]:
+        """Report most delivery points: neither backward jumps nor calls of types."""
 
         def told(frame: FrameType, event: str, argument: object) -> None:
             if event in {"call", "c_return"}:
-                weather.point(frame.f_code)
+                interrupter.point(frame.f_code)
 
         def watch() -> None:
-            sys.setprofile(told)  # what it raises ends it
+            sys.setprofile(told)  # an exception in it ends it
 
-        weather.watch = watch
+        interrupter.watch = watch
         try:
             yield
         finally:

@@ -1,11 +1,7 @@
-"""Interrupts rain on sessions at work: `rain.py (signals|exceptions) SEED SECONDS`.
+"""Random interrupts of sessions at work: `python -m tests.scripts.random_interrupts (signals|exceptions) SEED COUNT`.
 
 Run by test_interrupts.py in a process of its own, which fails if a session ends up borrowed, torn or half-stepped, or
 if a KV cache is leaked or freed twice.
-
-CPython delivers interrupts on function entry, after calls and on backward jumps only. What must not be torn here (the
-books that are kept of tokens and KV caches) is therefore written without any call, as in `book[END:] = (entry,)`, and
-`create` and `release` are C functions, as a Python function could be struck on entry, before it does what it's for.
 """
 
 import ctypes
@@ -18,115 +14,18 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from tests.tracked_engines import FrozenCache, Functional, Mutable, MutableCache
+
 from inference_session import Session
 from inference_session.engine import BorrowedState, StateSlots
 
 
 KV = TypeVar("KV")
-END = sys.maxsize
 POOL = 100_000
 
 
-class Books(Generic[KV]):
-    """Which KV caches there are, and what became of them."""
-
-    def __init__(self, pool: list[KV]) -> None:
-        self.pool = pool
-        self.left = list(reversed(pool))
-        self.made: list[KV] = []  # by a step or by `truncate`
-        self.released: list[KV] = []
-        self.consumed: list[KV] = []  # by `truncate`
-
-    def check(self) -> None:
-        """Require that every KV cache was let go of exactly once."""
-        created = self.pool[: len(self.pool) - len(self.left)]
-        gone = [id(cache) for cache in (*self.released, *self.consumed)]
-        assert len(gone) == len(set(gone)), "released twice"
-        assert {id(cache) for cache in (*created, *self.made)} <= set(gone), "leaked"
-
-
-class MutableCache(list[int]):
-    """A KV cache that steps change."""
-
-
-class Mutable:
-    """An engine whose steps change the KV cache."""
-
-    def __init__(self, *, truncates: bool) -> None:
-        self.books = Books([MutableCache() for _ in range(POOL)])
-        self.slots = StateSlots(
-            create=self.books.left.pop,
-            length=len,
-            truncate=self.truncate if truncates else None,
-            release=self.books.released.append,
-        )
-
-    @staticmethod
-    def truncate(cache: MutableCache, length: int) -> MutableCache:
-        """Do it in place."""
-        del cache[length:]
-        return cache
-
-    @staticmethod
-    def feed(state: BorrowedState[MutableCache], count: int) -> None:
-        """Feed the next tokens, one by one, so that a strike leaves a part of them."""
-        cache = state.kv_cache
-        for token in state.pending[:count]:
-            cache.append(token)
-        state.advance(count)
-
-    @staticmethod
-    def tokens(cache: MutableCache) -> list[int]:
-        """Return what the cache covers."""
-        return [*cache]
-
-
-FrozenCache = tuple[int, ...]  # begins with a serial number, as there's only one `()`
-
-
-class Functional:
-    """An engine whose steps return a new KV cache."""
-
-    def __init__(self, *, truncates: bool) -> None:
-        self.books = Books[FrozenCache]([(serial,) for serial in range(POOL)])
-        self.slots = StateSlots(
-            create=self.books.left.pop,
-            length=self.length,
-            truncate=self.truncate if truncates else None,
-            release=self.books.released.append,
-        )
-
-    @staticmethod
-    def length(cache: FrozenCache) -> int:
-        """Don't count the serial number."""
-        return len(cache) - 1
-
-    def truncate(self, cache: FrozenCache, length: int) -> FrozenCache:
-        """Return another cache; the old one is gone."""
-        shorter = (*cache[: length + 1],)
-        books = self.books
-        books.consumed[END:], books.made[END:] = (cache,), (shorter,)
-        return shorter
-
-    def feed(self, state: BorrowedState[FrozenCache], count: int) -> None:
-        """Feed the next tokens; the new cache is the library's business once it took it."""
-        books = self.books
-        for stop in (count // 2, count):
-            cache = state.kv_cache
-            longer = (*cache, *state.pending[len(cache) - 1 - state.kv_length : stop])
-            if len(longer) > len(cache):
-                state.kv_cache = longer
-                books.made[END:] = (longer,)
-        state.advance(count)
-
-    @staticmethod
-    def tokens(cache: FrozenCache) -> list[int]:
-        """Return what the cache covers."""
-        return [*cache[1:]]
-
-
 class Conversation:
-    """A session, and what its history may be: what it was, or what was about to be committed."""
+    """A session, and its possible histories: the committed one, and the one about to be committed."""
 
     def __init__(self) -> None:
         self.session = Session()
@@ -135,7 +34,7 @@ class Conversation:
 
 
 class Workload(Generic[KV]):
-    """Random work on a few sessions, and what must hold at any time."""
+    """Random work on a few sessions, and its invariants."""
 
     def __init__(
         self,
@@ -148,7 +47,7 @@ class Workload(Generic[KV]):
         self.feed = feed
         self.tokens = tokens
         self.dice = dice
-        self.all = [Conversation() for _ in range(POOL // 20)]  # none of them dies in the rain
+        self.all = [Conversation() for _ in range(POOL // 20)]  # all stay alive to the end
         self.others = iter(self.all)
         self.open = [next(self.others) for _ in range(4)]
 
@@ -162,7 +61,7 @@ class Workload(Generic[KV]):
             self.close()
 
     def check(self, conversation: Conversation, state: BorrowedState[KV]) -> list[int]:
-        """Require a session to be as one of its commits left it."""
+        """Require a session to be as after one of its commits."""
         history = [*state.token_history]
         assert history in (conversation.committed, conversation.next), "torn"
         assert conversation.session.token_count == len(history)
@@ -172,7 +71,7 @@ class Workload(Generic[KV]):
         return history
 
     def pick(self) -> Conversation:
-        """Return one that isn't too long."""
+        """Return an open conversation; begin it anew if it is too long."""
         conversation = self.dice.choice(self.open)
         if len(conversation.committed) > 40:
             with self.slots.borrow(conversation.session) as state:
@@ -256,36 +155,36 @@ class Workload(Generic[KV]):
         session.close()
 
     def settle(self) -> None:
-        """Require that all sessions can be borrowed at once, and hold what they should."""
+        """Require all open sessions to be free, and to have their tokens."""
         for conversation in self.open:
             with self.slots.borrow(conversation.session) as state:
                 self.check(conversation, state)
 
     def finish(self) -> None:
-        """Close all that there ever were."""
+        """Close all sessions, past ones included."""
         for conversation in self.all:
             conversation.session.close()
             assert conversation.session.token_count == 0
 
 
-class Sky:
-    """Whether it rains."""
+class Handler:
+    """The switch of the signal handler."""
 
-    rains = False
+    raises = False
 
 
-def rain_signals(work: Callable[[], None], dice: random.Random) -> None:
+def interrupt_by_signals(work: Callable[[], None], dice: random.Random) -> None:
     """Work until a signal handler raises, which may do so again on the way out."""
 
-    def strike(signum: int, frame: object) -> None:
-        if Sky.rains:
+    def interrupt(signum: int, frame: object) -> None:
+        if Handler.raises:
             signal.setitimer(
                 signal.ITIMER_REAL, dice.choice((2e-6, 2e-5, 1e-4)) * (0.1 + dice.random())
             )
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGALRM, strike)
-    Sky.rains = True
+    signal.signal(signal.SIGALRM, interrupt)
+    Handler.raises = True
     try:
         signal.setitimer(
             signal.ITIMER_REAL, dice.choice((1e-5, 1e-4, 1e-3)) * (0.1 + dice.random())
@@ -295,10 +194,10 @@ def rain_signals(work: Callable[[], None], dice: random.Random) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        Sky.rains = False  # no call before this
+        Handler.raises = False  # no call before this
 
 
-def rain_exceptions(work: Callable[[], None], dice: random.Random) -> None:
+def interrupt_by_exceptions(work: Callable[[], None], dice: random.Random) -> None:
     """Work in another thread until it gets an exception from here."""
     begun = threading.Event()
     died_of: list[BaseException] = []
@@ -310,7 +209,7 @@ def rain_exceptions(work: Callable[[], None], dice: random.Random) -> None:
                 work()
         except KeyboardInterrupt:
             pass
-        except BaseException as error:  # noqa: BLE001 told to the main thread
+        except BaseException as error:  # noqa: BLE001 raised in the main thread
             died_of.append(error)
 
     thread = threading.Thread(target=worker)
@@ -326,8 +225,8 @@ def rain_exceptions(work: Callable[[], None], dice: random.Random) -> None:
         raise error
 
 
-def run(engine: Mutable | Functional, rain: str, dice: random.Random, seconds: float) -> int:
-    """Let it rain for a while, and return how often it struck."""
+def run(engine: Mutable | Functional, source: str, dice: random.Random, count: int) -> None:
+    """Interrupt an engine's work a number of times."""
     workload: Workload[MutableCache] | Workload[FrozenCache]
     if isinstance(engine, Mutable):
         workload = Workload(engine.slots, engine.feed, engine.tokens, dice)
@@ -335,28 +234,23 @@ def run(engine: Mutable | Functional, rain: str, dice: random.Random, seconds: f
         workload = Workload(engine.slots, engine.feed, engine.tokens, dice)
     for _ in range(50):
         workload.work()
-    strikes = 0
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        strikes += 1
-        (rain_signals if rain == "signals" else rain_exceptions)(workload.work, dice)
-        if strikes % 4 == 0:
+    interrupt = interrupt_by_signals if source == "signals" else interrupt_by_exceptions
+    for number in range(count):
+        interrupt(workload.work, dice)
+        if number % 4 == 0:
             workload.settle()
     workload.settle()
     workload.finish()
     engine.books.check()
-    return strikes
 
 
-def main(rain: str, seed: str, seconds: str) -> None:
-    """Let it rain on every kind of engine, and print how often it struck."""
+def main(source: str, seed: str, count: str) -> None:
+    """Interrupt every kind of engine."""
     faulthandler.dump_traceback_later(100, exit=True)
     dice = random.Random(int(seed))
-    strikes = 0
     for engine in (Mutable, Functional):
         for truncates in (True, False):
-            strikes += run(engine(truncates=truncates), rain, dice, float(seconds) / 4)
-    print(strikes)  # noqa: T201
+            run(engine(truncates=truncates, pool=POOL), source, dice, int(count) // 4)
 
 
 if __name__ == "__main__":
