@@ -141,7 +141,7 @@ class SessionRegistry(NeverCopied):
     _sessions: dict[int, Session] = field(repr=False)
     """By the ids' ints, as hashing a UUID is slow."""
     _order: _Link = field(repr=False)
-    """Both ends of the order of use: next newer is the oldest session, next older the newest."""
+    """Both ends of the order of use: its `newer` is the oldest session, its `older` the newest."""
     _passed: _Link = field(repr=False)
     """A mark in the order: older sessions have no KV cache to evict, or were borrowed when it was their turn."""
     _room: float = field(repr=False)

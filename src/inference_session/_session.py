@@ -25,7 +25,7 @@ NO_CACHE: Final[Any] = object()
 Savepoint: TypeAlias = tuple[int, Ids, int | None, Values, bool]
 """The state to return to after a failure: how many tokens; the last of them, as far as the history has dropped them
 since; how many of them the KV cache covers, None if there is no KV cache to return to; the values of further slots; and
-whether the last borrow failed after handing out the KV cache. A tuple, as it is made fast in every step."""
+whether the last borrow failed after handing out the KV cache. A tuple, for speed: every step makes one."""
 
 NOTHING: Final[Savepoint] = (0, NO_TOKENS, None, NO_VALUES, False)
 
@@ -174,7 +174,7 @@ class Session(NeverCopied):
 
     @property
     def borrowed(self) -> bool:
-        """Whether a step is under way at this moment. As this may change, borrow to find out whether you can."""
+        """Whether a step is under way at this moment. To decide whether to begin one, borrow: this may have changed."""
         holder = self._lease()
         return not (holder is None or isinstance(holder, Maintenance) or self._is_forked())
 

@@ -37,10 +37,10 @@ class StateSlots(NeverCopied, Generic[KV]):
         truncate: cuts a KV cache to at most its first n tokens, as many of them as possible, and returns it or a
             replacement. Returning an empty one is fine: a window that has moved on, or a recurrent state, can't be cut
             just anywhere. It is also called after a failed step: layers may disagree then, and even at length n, the
-            step may have changed data beyond the length. It owns its argument: if it returns a replacement, it must
-            free the old one itself; if it raises, the library releases the old one. Without `truncate`, a KV cache is
-            released and computed anew if it covers too much, or if a failed step had access to it. If your KV caches
-            are never changed in place, return one of the first n.
+            step may have changed data that the length doesn't count. It owns its argument: if it returns a replacement,
+            it must free the old one itself; if it raises, the library releases the old one. Without `truncate`, a KV
+            cache is released and computed anew if it covers too much, or if a failed step had access to it. If your KV
+            caches are never changed in place, return one of the first n.
         release: frees the memory or the handle of a KV cache. It is called once for each cache owned by the library,
             when the session drops it, even if that call raises. Any thread can close a session, and a session can be
             dropped at any instant, so it must not wait for a lock that its own thread may hold.
