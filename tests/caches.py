@@ -5,11 +5,13 @@ With them, that a session's KV cache belongs to its tokens can be looked at, and
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from attrs import define, field, frozen
 
+from inference_session import Session
 from inference_session.engine import TORN, BorrowedState, StateSlots
 
 
@@ -17,6 +19,13 @@ FunctionName: TypeAlias = Literal["create", "length", "truncate", "release"]
 Lie: TypeAlias = Literal["too long", "too short", "untouched", "untouched copy"]
 Damage: TypeAlias = Literal["torn", "hidden"]
 """What a step that failed did to a cache: its layers disagree; or it changed what `length` doesn't count."""
+
+
+ERRORS = [RuntimeError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit, CancelledError]
+"""Errors of all kinds that a step may end in."""
+
+LIES: list[Lie] = ["too long", "untouched", "untouched copy"]
+"""Ways in which a `truncate` keeps too much."""
 
 
 @frozen(eq=False)
@@ -208,3 +217,15 @@ class Memory:
         if fault is not None and isinstance(fault.what, BaseException):
             self.raised.append(fault.what)
             raise fault.what
+
+
+def look(slots: StateSlots[Cache], session: Session) -> tuple[list[int], int]:
+    """Return a session's history, and how much of it is cached."""
+    with slots.borrow(session) as state:
+        return list(state.token_history), state.kv_length
+
+
+def prepare(slots: StateSlots[Cache], memory: Memory, session: Session, *tokens: int) -> None:
+    """Give a session tokens, all of them cached."""
+    with slots.borrow(session) as state:
+        memory.step(state, *tokens)

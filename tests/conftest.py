@@ -21,6 +21,14 @@ def memory() -> Iterator[Memory]:
 
 
 @pytest.fixture
+def functional() -> Iterator[Memory]:
+    """Give a memory for KV caches that a step replaces."""
+    memory = Memory(functional=True)
+    yield memory
+    memory.check_all_released()
+
+
+@pytest.fixture
 def slots(memory: Memory) -> StateSlots[Cache]:
     """Give an engine's access to sessions whose KV caches are in `memory`."""
     return memory.slots()
