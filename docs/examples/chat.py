@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from importlib import import_module
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 
@@ -13,6 +14,9 @@ from inference_session import Session
 from numpy_llama import LlamaEngine, Sampler
 from smollm2 import ChatTokenizer, Message
 
+
+if TYPE_CHECKING:
+    from io import TextIOWrapper
 
 with suppress(ImportError):  # Not on every platform; where it is, arrow keys edit the line.
     import_module("readline")
@@ -53,19 +57,23 @@ class Chat:
     def converse(self) -> None:
         """Answer what is typed, until the end of the input."""
         messages: list[Message] = []
+        # A line that isn't text is refused by itself: others may have been read together with it.
+        cast("TextIOWrapper", sys.stdin).reconfigure(errors="surrogateescape")
         with Session() as session:
             self._note(f"Session {session.id}. Ctrl-C stops an answer, Ctrl-D ends.")
             while True:
                 try:
                     text = self._console.input("[bold cyan]you>[/] ")
-                except UnicodeDecodeError:
+                    text.encode()  # Bytes that are no text are lone surrogates, which fail.
+                    if text.strip():
+                        self._turn(session, messages, text)
+                except UnicodeError:
                     self._note("That was not valid text.")
-                    continue
-                except (EOFError, KeyboardInterrupt):
+                except KeyboardInterrupt:  # There is no answer to stop, or no longer.
+                    self._console.print()
+                except EOFError:
                     self._console.print()
                     return
-                if text.strip():
-                    self._turn(session, messages, text)
 
     def _turn(self, session: Session, messages: list[Message], text: str) -> None:
         """Answer a text, and add both to the messages."""

@@ -13,6 +13,7 @@ from typing import cast
 
 import pytest
 from rich.console import Console
+from tests.terminal import CTRL_C, CTRL_D, needs_terminal, nox_command, terminal
 
 from inference_session import Session
 from inference_session.engine import DecodeResult
@@ -135,6 +136,44 @@ def test_chat_is_interrupted() -> None:
     assert chat.returncode == 0
     assert seen.strip()
     assert "The capital of France is Paris." in rest
+
+
+@needs_terminal
+def test_chat_in_a_terminal(tmp_path: Path) -> None:
+    """Under nox, too, Ctrl-C stops an answer and nothing else, and Ctrl-D gives the terminal back as it was."""
+    with terminal(nox_command("demo", "--chat", directory=tmp_path)) as chat:
+        chat.wait_for_prompt("you>")
+        chat.type("Tell me a long story.\n")
+        chat.wait_for(r"\n(\S+ ){5}")
+        chat.type(CTRL_C)
+        chat.wait_for("tokens, 0 reused")
+        chat.wait_for_prompt("you>")
+        chat.press_until(CTRL_C, "you>")
+        chat.wait_for_prompt("")
+        chat.type("What is the capital of France?\n")
+        chat.wait_for("Paris")
+        chat.wait_for_prompt("you>")
+        chat.type(CTRL_D)
+        assert chat.wait() == 0
+        assert chat.shows_what_is_typed()
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_chat_with_what_is_not_text(errors: str) -> None:
+    """A line with an invalid byte is refused, and those around it are answered."""
+    run = subprocess.run(
+        [sys.executable, DEMO, "--chat"],
+        input=b"What is the capital of France?\nAnd of \xff?\nAnd of Italy?\n",
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    output = run.stdout.decode()
+    before, refusal, after = output.partition("That was not valid text.")
+    assert "The capital of France is Paris." in before
+    assert refusal
+    assert "The capital of Italy is Rome." in after
 
 
 @pytest.mark.parametrize(
