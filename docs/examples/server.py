@@ -13,11 +13,13 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
 from http import HTTPStatus
 from pathlib import Path
+from socket import socket
 from threading import Lock
+from types import FrameType
 from typing import Protocol
 
 import uvicorn
@@ -302,6 +304,33 @@ class EventStream(StreamingResponse):
         yield protocol.END_OF_STREAM
 
 
+class WebServer(uvicorn.Server):
+    """A web server that gives answers some seconds when it is told to end, and none when told again.
+
+    Then its clients count as gone, which ends answers in good order. uvicorn would cancel them, or
+    skip the end of the application.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, grace: int) -> None:
+        super().__init__(config)
+        self._grace = grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: D102
+        if self.should_exit:
+            asyncio.get_running_loop().call_soon_threadsafe(self._drop_clients)
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:  # noqa: D102
+        timer = asyncio.get_running_loop().call_later(self._grace, self._drop_clients)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    def _drop_clients(self) -> None:
+        for connection in self.server_state.connections:
+            connection.transport.abort()
+
+
 async def while_connected(request: Request, work: Awaitable[Response]) -> Response | None:
     """Wait for work; if the client leaves, cancel it and return None."""
 
@@ -348,16 +377,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Serve SmolLM2 over OpenAI's chat protocol.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     option = parser.add_argument
-    option("--host", default="127.0.0.1", help="address to listen on")
-    option("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
-    option("--threads", type=int, default=1, help="how many steps to compute at once")
-    option("--max-tokens", type=int, default=256, help="of an answer, unless the request says")
-    option("--max-sessions", type=int, default=1000, help="conversations to keep")
-    option("--idle-timeout", type=float, default=3600, help="seconds to keep an idle one")
-    option("--max-kv-megabytes", type=int, default=1024, help="of KV caches to keep")
-    option("--grace", type=int, default=10, help="seconds for answers under way at shutdown")
+    option("--host", type=address, default="127.0.0.1", help="address to listen on")
+    option("--port", type=number(0, 65535), default=8000, help="port; 0 takes a free one")
+    option("--threads", type=number(1), default=1, help="how many steps to compute at once")
+    option("--max-tokens", type=number(1), default=256, help="of an answer, if not requested")
+    option("--max-sessions", type=number(1), default=1000, help="conversations to keep")
+    option("--idle-timeout", type=number(1), default=3600, help="seconds to keep an idle one")
+    option("--max-kv-megabytes", type=number(0), default=1024, help="of KV caches to keep")
+    option("--grace", type=number(0), default=10, help="seconds for answers at shutdown")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
     model, tokenizer = load(find_weights())
@@ -373,13 +403,32 @@ def main() -> None:
         max_tokens=given.max_tokens,
         threads=given.threads,
     )
-    uvicorn.run(
-        server.app,
-        host=given.host,
-        port=given.port,
-        timeout_graceful_shutdown=given.grace,
-    )
+    config = uvicorn.Config(server.app, host=given.host, port=given.port)
+    WebServer(config, grace=given.grace).run()
+
+
+def number(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """Return what reads a whole number within limits."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {least} to {most}, not {text!r}"
+            )
+        return int(text)
+
+    return read
+
+
+def address(text: str) -> str:
+    """Check that there is an address: none at all would mean every one of this machine."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; 0.0.0.0 is every address of this machine")
+    return text
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # While the model was loaded, or from uvicorn when it has ended.
+        sys.exit(130)

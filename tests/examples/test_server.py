@@ -27,12 +27,13 @@ import pytest
 import uvicorn
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
+from tests.terminal import CTRL_C, needs_terminal, nox_command, terminal
 
 import server
 from inference_session import Session, SessionRegistry
 from llama_model import Batch, Floats, Llama, random_model
 from numpy_llama import LlamaEngine
-from server import MODEL, ChatServer, Tokenizer
+from server import MODEL, ChatServer, Tokenizer, WebServer
 from smollm2 import Message, find_weights, load
 
 
@@ -67,15 +68,15 @@ class Letters:
 class Running:
     """A server in a thread of its own, on a port of its own."""
 
-    def __init__(self, chat: ChatServer, *, grace: int | None = None) -> None:
+    def __init__(self, chat: ChatServer, *, grace: int = 10) -> None:
         self.chat = chat
         self.engine = chat.engine
         self.registry = chat.registry
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        config = uvicorn.Config(chat.app, log_config=None, timeout_graceful_shutdown=grace)
-        self.server = uvicorn.Server(config)
+        config = uvicorn.Config(chat.app, log_config=None)
+        self.server = WebServer(config, grace=grace)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
         self.client = OpenAI(base_url=self.url, api_key="none", max_retries=0)
 
@@ -175,7 +176,7 @@ def running(
     *,
     tokenizer: Tokenizer | None = None,
     chunk: int = 256,
-    grace: int | None = None,
+    grace: int = 10,
 ) -> Generator[Running, None, None]:
     """Run a server; check in the end that it closed all sessions, and freed their memory once."""
     engine = LlamaEngine(model, chunk=chunk)
@@ -915,7 +916,7 @@ def test_shutdown_does_not_wait_for_ever(model: Llama) -> None:
             run.server.should_exit = True
             with pytest.raises((httpx.HTTPError, openai.APIError)):
                 list(stream)
-        assert session.closed
+        wait_until(lambda: session.closed)
         assert session.token_count < LONG
 
 
@@ -963,6 +964,103 @@ def test_program(program: subprocess.Popen[str]) -> None:
     assert "Traceback" not in log
     for word in ("Paris", "capital", "France", "story"):
         assert word not in log
+
+
+def can_be_listened_on(port: int) -> bool:
+    """Tell whether nobody has a port."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
+@needs_terminal
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_command_lets_answers_finish(tmp_path: Path, how: str) -> None:
+    """The page's command, told to end by a key or a supervisor, does so when all answers are finished."""
+    command = nox_command("server", "--port", "0", "--grace", "100", directory=tmp_path)
+    with terminal(command) as run:
+        port = int(run.wait_for(r"running on http://127.0.0.1:(\d+)")[1])
+        url = f"http://127.0.0.1:{port}/v1"
+        with (
+            OpenAI(base_url=url, api_key="none", max_retries=0) as client,
+            client.chat.completions.create(
+                model=MODEL, messages=talk("Tell me a story."), stream=True, max_tokens=100, seed=1
+            ) as stream,
+        ):
+            next(stream)
+            assert not can_be_listened_on(port)
+            if how == "Ctrl-C":
+                run.type(CTRL_C)
+            else:
+                os.kill(run.pid, signal.SIGTERM)
+            run.wait_for("Waiting for connections to close")
+            *_, last = stream
+        assert last.choices[0].finish_reason == "length"
+        run.wait_for("Application shutdown complete")
+        assert run.wait() == (130 if how == "Ctrl-C" else -signal.SIGTERM)
+    assert can_be_listened_on(port)
+
+
+@needs_terminal
+@pytest.mark.parametrize("grace", [0, 1000])
+def test_command_breaks_answers_off(tmp_path: Path, grace: int) -> None:
+    """After the grace or a second Ctrl-C the command ends in good order all the same."""
+    command = nox_command("server", "--port", "0", "--grace", str(grace), directory=tmp_path)
+    with terminal(command) as run:
+        port = int(run.wait_for(r"running on http://127.0.0.1:(\d+)")[1])
+        url = f"http://127.0.0.1:{port}/v1"
+        with (
+            OpenAI(base_url=url, api_key="none", max_retries=0) as client,
+            client.chat.completions.create(
+                model=MODEL, messages=talk("Tell me a story."), stream=True, max_tokens=4000, seed=1
+            ) as stream,
+        ):
+            next(stream)
+            run.type(CTRL_C)
+            if grace:
+                run.wait_for("Waiting for connections to close")
+                run.type(CTRL_C)
+            assert run.wait() == 130
+            with pytest.raises((httpx.HTTPError, openai.APIError)):
+                list(stream)
+        assert "Application shutdown complete" in run.output
+        assert "Traceback" not in run.output
+    assert can_be_listened_on(port)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", ""], "--host: is empty"),
+        (["--port", "-1"], "--port: must be a whole number from 0 to 65535"),
+        (["--port", "65536"], "--port: must be a whole number from 0 to 65535"),
+        (["--port", "http"], "not 'http'"),
+        (["--threads", "0"], "--threads: must be a whole number from 1"),
+        (["--threads", "1.5"], "not '1.5'"),
+        (["--max-tokens", "0"], "--max-tokens: must be a whole number from 1"),
+        (["--max-sessions", "0"], "--max-sessions: must be a whole number from 1"),
+        (["--idle-timeout", "0"], "--idle-timeout: must be a whole number from 1"),
+        (["--idle-timeout", "nan"], "not 'nan'"),
+        (["--max-kv-megabytes", "-1"], "--max-kv-megabytes: must be a whole number from 0"),
+        (["--grace", "-1"], "--grace: must be a whole number from 0"),
+        (["--thread", "1"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A wrong argument is named in a line, before the model is looked for."""
+    monkeypatch.setattr(sys, "argv", ["server.py", *arguments])
+    monkeypatch.setattr(server, "find_weights", lambda: pytest.fail("loads the model"))
+    with pytest.raises(SystemExit) as caught:
+        server.main()
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def broken(model: Llama, hidden: Floats) -> Floats:
