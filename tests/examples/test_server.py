@@ -495,7 +495,7 @@ WRONG: list[tuple[Mapping[str, object], str]] = [
 def post_raw(run: Running, body: bytes) -> httpx.Response:
     """Send bytes as they are."""
     headers = {"Content-Type": "application/json"}
-    return httpx.post(f"{run.url}/chat/completions", content=body, headers=headers)
+    return httpx.post(f"{run.url}/chat/completions", content=body, headers=headers, timeout=60)
 
 
 @pytest.mark.parametrize(("wrong", "param"), WRONG, ids=lambda value: ascii(value)[:60])
