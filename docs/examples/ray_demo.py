@@ -62,6 +62,7 @@ def start_ray(cpus: int = 2) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
     ray.init(
+        address="local",  # not a cluster that the environment or an earlier start names
         num_cpus=cpus,
         include_dashboard=False,
         object_store_memory=100 * 2**20,
@@ -171,4 +172,7 @@ async def send_a_session(cluster: Cluster) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
