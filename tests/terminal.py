@@ -40,12 +40,15 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def press_until(self, key: str, pattern: str) -> None:
-        """Press a key again and again until a pattern comes: readline can miss a signal until the next one."""
-        deadline = time.monotonic() + SECONDS
-        while not re.search(pattern, self.output):
-            assert time.monotonic() < deadline, self.output
+        """Press a key now and again until a pattern comes: readline can miss a signal until the next one."""
+
+        def comes() -> bool:
             self.type(key)
-            self._read()
+            while self._read():
+                pass
+            return re.search(pattern, self.output) is not None
+
+        self.wait_until(comes)
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """Read until a pattern comes, and take away the output up to there."""
@@ -87,14 +90,16 @@ class Terminal:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Read what there is, or after a moment without output see whether the program has ended."""
         if select.select([self._master], [], [], 0.1)[0]:
             self.output += os.read(self._master, 2**16).decode(errors="replace")
             self.output = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.output)  # colours and the like
-            return
+            return True
         ended, status = os.waitpid(self.pid, os.WNOHANG)
         if ended:
             self._code = os.waitstatus_to_exitcode(status)
+        return False
 
 
 @contextmanager
