@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 import traceback
 import warnings
@@ -348,6 +349,10 @@ def test_a_grandchild(session: Session) -> None:
 
 
 @needs_fork
+@pytest.mark.skipif(
+    sys.version_info < (3, 14) and bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    reason="a fork without a GIL can inherit locks of the interpreter's own, up to 3.13",
+)
 def test_forks_while_other_threads_work() -> None:
     """Wherever other threads are at the moment of the fork, new sessions in the child work, and nothing hangs."""
     done = subprocess.run(
