@@ -7,6 +7,7 @@ import filecmp
 import os
 import shutil
 import sys
+import sysconfig
 import tarfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ nox.options.sessions = ["lint", "typing", "tests", "docs", "build"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
+FREE_THREADED = "3.13t"
 LOWEST = [bound.replace(">=", "==") for bound in PYPROJECT["project"]["dependencies"]]
 
 ENGINES = ["jax", "llama_cpp", "mlx", "transformers"]
@@ -146,10 +148,17 @@ def published(session: nox.Session) -> Generator[str]:
             yield str(wheel)
 
 
+def is_free_threaded(session: nox.Session) -> bool:
+    """Return whether the Python of a session has no GIL."""
+    if isinstance(session.python, str):
+        return session.python.endswith("t")
+    return bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # the Python that runs nox
+
+
 def run_tests(
     session: nox.Session, *requirements: str, package: str = ".", of_kit: bool = False
 ) -> None:
-    """Test the installed package and require full coverage, unless arguments select some tests.
+    """Test the installed package and require full coverage, on Linux, unless arguments select some tests.
 
     The conformance kit is left out, or it alone is tested.
     """
@@ -157,16 +166,19 @@ def run_tests(
     if of_kit:
         tests = ["tests/kit"]
         omitted, shown = ["--omit=tests/*"], ["--include=*/inference_session/testing/*"]
+    tools = "tests_free_threaded" if is_free_threaded(session) else "tests"
     with installing(session):
-        session.install(package, *group("tests"), *requirements)
+        session.install(package, *group(tools), *requirements)
+    pytest = ["-m", "pytest", "--numprocesses=auto", *tests]
+    if session.posargs or sys.platform != "linux":  # not everywhere are there forks and timers
+        session.run("python", *pytest, *session.posargs)
+        return
     # Data of its own for every environment: sessions may run side by side.
     session.env["COVERAGE_FILE"] = str(Path(session.virtualenv.location, ".coverage").resolve())
     session.run("coverage", "erase")
-    pytest = ["pytest", "--numprocesses=auto", *tests]
-    session.run("coverage", "run", *omitted, "-m", *pytest, *session.posargs)
-    if not session.posargs:
-        session.run("coverage", "combine", "--quiet")
-        session.run("coverage", "report", *shown)
+    session.run("coverage", "run", *omitted, *pytest)
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report", *shown)
 
 
 @nox.session
@@ -184,7 +196,7 @@ def tests(session: nox.Session) -> None:
     run_tests(session, *group("newest"))
 
 
-@nox.session(python=PYTHONS, requires=["build"])
+@nox.session(python=[*PYTHONS, FREE_THREADED], requires=["build"])
 @nox.parametrize("attrs", [group("newest"), LOWEST], ids=["newest", "lowest"])
 def tests_all(session: nox.Session, attrs: list[str]) -> None:
     """Test what is published on every supported Python, with the newest and the lowest attrs."""
@@ -249,7 +261,7 @@ def ray(session: nox.Session) -> None:
     hand_over(session, "docs/examples/ray_demo.py")
 
 
-@nox.session(python=[PYTHONS[0], PYTHONS[-1]])
+@nox.session(python=["3.11", "3.13"])
 def benchmarks(session: nox.Session) -> None:
     """Measure what the package costs, where calls are dearest and where they are cheapest."""
     session.install(".", *group("newest", "benchmarks"))

@@ -9,6 +9,8 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
+
 NOT_IN_CI = {"ray", "server", "tests"}
 """Sessions that CI doesn't name: those that show an example to somebody, and the README's test command."""
 
@@ -37,7 +39,7 @@ def test_metadata_is_complete() -> None:
     assert "Project-URL" not in about
     classifiers = about.get_all("Classifier") or []
     pythons = re.findall(r"Python :: (3\.\d+)", "\n".join(classifiers))
-    assert pythons == ["3.11", "3.12", "3.13", "3.14", "3.15"]
+    assert pythons == PYTHONS
     assert {line.split(" :: ")[0] for line in classifiers} >= {
         "Development Status",
         "Intended Audience",
@@ -54,13 +56,15 @@ def test_it_is_no_program() -> None:
 
 
 def test_ci_runs_every_session() -> None:
-    """No session of noxfile.py is forgotten by CI."""
+    """No session of noxfile.py is forgotten by CI, nor by what GitHub runs."""
     sessions = re.findall(
         r"^@nox\.session.*?^def (\w+)\(", read("noxfile.py"), re.MULTILINE | re.DOTALL
     )
     assert len(sessions) > 5
-    called = re.findall(r"[\w-]+", "\n".join(re.findall(r"nox -s (.*)'", read(".ci/run"))))
-    assert set(sessions) - NOT_IN_CI <= set(called)
+    here = re.findall(r"nox .*-s (.*)'$", read(".ci/run"), re.MULTILINE)
+    on_github = re.findall(r"sessions: (.*) }$", read(".github/workflows/ci.yml"), re.MULTILINE)
+    for commands in here, on_github:
+        assert set(sessions) - NOT_IN_CI <= set(re.findall(r"\w+", "\n".join(commands)))
 
 
 def test_every_library_has_a_session() -> None:
@@ -73,17 +77,23 @@ def test_every_library_has_a_session() -> None:
 
 
 def test_workflow_is_ci_and_pinned() -> None:
-    """What GitHub runs is what everybody runs; actions are pinned to commits, as tags can be moved."""
+    """GitHub runs what everybody runs, on every Python; actions are pinned to commits, as tags can be moved."""
     workflow = read(".github/workflows/ci.yml")
-    assert re.findall(r"^ +- run: (.*)$", workflow, re.MULTILINE) == ["bash .ci/run"]
+    assert set(re.findall(r"^ +- run: (.*)$", workflow, re.MULTILINE)) == {
+        "python -m pip install nox",
+        "python -m nox -s ${{ matrix.sessions }}",
+        "python -m nox -s tests",
+    }
+    [pythons] = re.findall(r"python: \[(.*)\]$", workflow, re.MULTILINE)
+    assert re.findall(r"[\w.]+", pythons) == [*PYTHONS, "3.13t", "3.14t"]
     actions = re.findall(r"uses: +(.*)$", workflow, re.MULTILINE)
-    assert len(actions) == 2
+    assert len(actions) == 4
     for action in actions:
         assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)
 
 
 @pytest.mark.parametrize(
-    "file", [".ci/run", ".editorconfig", "CONTRIBUTING.md", "LICENSE", "noxfile.py"]
+    "file", [".ci/pythons", ".ci/run", ".editorconfig", "CONTRIBUTING.md", "LICENSE", "noxfile.py"]
 )
 def test_files_are_there(file: str) -> None:
     """Also who has only the source distribution can read, run and check all of the project."""
