@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -425,6 +426,10 @@ def test_a_release_that_takes_long() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(
+    sys.version_info < (3, 14) and bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    reason="a fork without a GIL can inherit locks of the interpreter's own, up to 3.13",
+)
 def test_forks_while_other_threads_work() -> None:
     """A child may use its copy of a busy registry at once: it waits for no lock; inherited sessions are refused."""
     done = subprocess.run(
