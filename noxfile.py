@@ -24,8 +24,10 @@ nox.options.error_on_missing_interpreters = False  # also in CI: test on what is
 nox.options.sessions = ["lint", "typing", "tests", "docs", "build"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
-PYTHONS = nox.project.python_versions(PYPROJECT)
-FREE_THREADED = "3.13t"
+PYTHONS = [
+    version for version in nox.project.python_versions(PYPROJECT) if not version.endswith("t")
+]
+FREE_THREADED = ["3.13t", "3.14t"]
 LOWEST = [bound.replace(">=", "==") for bound in PYPROJECT["project"]["dependencies"]]
 
 ENGINES = ["jax", "llama_cpp", "mlx", "transformers"]
@@ -196,7 +198,7 @@ def tests(session: nox.Session) -> None:
     run_tests(session, *group("newest"))
 
 
-@nox.session(python=[*PYTHONS, FREE_THREADED], requires=["build"])
+@nox.session(python=[*PYTHONS, *FREE_THREADED], requires=["build"])
 @nox.parametrize("attrs", [group("newest"), LOWEST], ids=["newest", "lowest"])
 def tests_all(session: nox.Session, attrs: list[str]) -> None:
     """Test what is published on every supported Python, with the newest and the lowest attrs."""
