@@ -268,7 +268,7 @@ class ThreadEngine:
             nbytes=self.nbytes,
         )
 
-    class Cache:
+    class Claimed:
         """A KV cache."""
 
         def __init__(self) -> None:
@@ -276,24 +276,24 @@ class ThreadEngine:
             self.in_use = False
             self.gone = False
 
-    def create(self) -> Cache:
+    def create(self) -> Claimed:
         """Make one."""
         with self.counting:
             self.created += 1
-        return self.Cache()
+        return self.Claimed()
 
-    def truncate(self, cache: Cache, length: int) -> Cache:
+    def truncate(self, cache: Claimed, length: int) -> Claimed:
         """Do it in place."""
         del cache.tokens[length:]
         return cache
 
-    def nbytes(self, cache: Cache) -> int:
+    def nbytes(self, cache: Claimed) -> int:
         """Measure one that nobody else may have."""
         if cache.gone:
             self.misuse.append("measured what is gone")
         return len(cache.tokens)
 
-    def release(self, cache: Cache) -> None:
+    def release(self, cache: Claimed) -> None:
         """Take one back that isn't in use."""
         if cache.in_use or cache.gone:
             self.misuse.append("released in use" if cache.in_use else "released twice")
