@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -424,6 +425,10 @@ def test_signal_handlers_that_close(engine: Engine) -> None:
     engine.check()
 
 
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    reason="without a GIL allocations are counted by the hundred, so the instant can't be chosen",
+)
 def test_finalizers_that_close() -> None:
     """A finalizer may close sessions at any instant, whenever the garbage collector chooses to run: no deadlock."""
     done = subprocess.run(
