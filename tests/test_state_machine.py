@@ -53,7 +53,7 @@ class FailureError(Exception):
 
 
 FREE_THREADED: Final = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
-EXAMPLES: Final = 40 if FREE_THREADED else 400
+EXAMPLES: Final = 40 if FREE_THREADED else 300
 """Without a GIL, collecting garbage takes a hundred times as long, as it looks at everything each time."""
 
 ErrorClass: TypeAlias = type[BaseException]
