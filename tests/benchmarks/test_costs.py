@@ -183,9 +183,7 @@ COSTS = [
     Cost("memory", partial(memory_of, Session), "id alone", partial(memory_of, OnlyId), 2),
     Cost("memory", partial(memory_of, Session), "written by hand", partial(memory_of, ByHand), 2),
     Cost("step", timed_at(FEW, step), "written by hand", BY_HAND, limit(13, 11)),
-    Cost(
-        "step, in one borrow", timed_at(FEW, long_step), "written by hand", BY_HAND, limit(5, 4)
-    ),
+    Cost("step, in one borrow", timed_at(FEW, long_step), "written by hand", BY_HAND, limit(5, 4)),
     Cost(
         f"step of {BATCH}",
         timed(lambda _: step_all(batch())),
