@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Final, Generic, TypeAlias, TypeVar, final
 
-from attrs import Attribute, field, frozen
+from attrs import NOTHING, Attribute, field, frozen
 
 from inference_session._never_copied import NeverCopied
 
@@ -11,9 +11,10 @@ from inference_session._never_copied import NeverCopied
 T = TypeVar("T")
 
 
-def _is_callable(slot: object, attribute: "Attribute[Any]", factory: object) -> None:
-    if not callable(factory):
-        raise TypeError(f"{attribute.alias} must be a function, got {type(factory).__name__!r}")
+def is_callable(_: object, attribute: "Attribute[Any]", function: object) -> None:
+    """Validate a function that an engine gives; one with a default may also be None."""
+    if not callable(function) and (function is not None or attribute.default is NOTHING):
+        raise TypeError(f"{attribute.alias} must be a function, got {type(function).__name__!r}")
 
 
 @final
@@ -31,7 +32,7 @@ class Slot(NeverCopied, Generic[T]):
 
     __module__ = "inference_session.engine"
 
-    _factory: Callable[[], T] = field(repr=False, alias="factory", validator=_is_callable)
+    _factory: Callable[[], T] = field(repr=False, alias="factory", validator=is_callable)
 
     _instead = "as a copy would be another key: share this very object"
 

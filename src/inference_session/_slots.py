@@ -2,21 +2,17 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Generic, TypeVar, final
+from typing import Generic, TypeVar, final
 
-from attrs import NOTHING, Attribute, field, frozen
+from attrs import field, frozen
 
 from inference_session._borrow import BorrowedBatch, BorrowedState
 from inference_session._never_copied import NeverCopied
 from inference_session._session import Session
+from inference_session._slot import is_callable
 
 
 KV = TypeVar("KV")
-
-
-def _is_callable(slots: object, attribute: "Attribute[Any]", function: object) -> None:
-    if not callable(function) and (function is not None or attribute.default is NOTHING):
-        raise TypeError(f"{attribute.name} must be a function, got {type(function).__name__!r}")
 
 
 @final
@@ -49,13 +45,13 @@ class StateSlots(NeverCopied, Generic[KV]):
 
     __module__ = "inference_session.engine"
 
-    create: Callable[[], KV] = field(repr=False, validator=_is_callable)
-    length: Callable[[KV], int] = field(repr=False, validator=_is_callable)
+    create: Callable[[], KV] = field(repr=False, validator=is_callable)
+    length: Callable[[KV], int] = field(repr=False, validator=is_callable)
     truncate: Callable[[KV, int], KV] | None = field(
-        default=None, repr=False, validator=_is_callable
+        default=None, repr=False, validator=is_callable
     )
-    release: Callable[[KV], object] | None = field(default=None, repr=False, validator=_is_callable)
-    nbytes: Callable[[KV], int] | None = field(default=None, repr=False, validator=_is_callable)
+    release: Callable[[KV], object] | None = field(default=None, repr=False, validator=is_callable)
+    nbytes: Callable[[KV], int] | None = field(default=None, repr=False, validator=is_callable)
 
     _instead = "as sessions know the one that began them: hand on this very object"
 
