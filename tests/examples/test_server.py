@@ -975,6 +975,23 @@ def can_be_listened_on(port: int) -> bool:
     return True
 
 
+@contextmanager
+def answering(port: int, *, max_tokens: int) -> Generator[Iterator[ChatCompletionChunk]]:
+    """Give the rest of an answer by the server on a port, once it has begun."""
+    with (
+        OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client,
+        client.chat.completions.create(
+            model=MODEL,
+            messages=talk("Tell me a story."),
+            stream=True,
+            max_tokens=max_tokens,
+            seed=1,
+        ) as stream,
+    ):
+        next(stream)
+        yield stream
+
+
 @needs_terminal
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
 def test_command_lets_answers_finish(tmp_path: Path, how: str) -> None:
@@ -982,14 +999,7 @@ def test_command_lets_answers_finish(tmp_path: Path, how: str) -> None:
     command = nox_command("server", "--port", "0", "--grace", "100", directory=tmp_path)
     with terminal(command) as run:
         port = int(run.wait_for(r"running on http://127.0.0.1:(\d+)")[1])
-        url = f"http://127.0.0.1:{port}/v1"
-        with (
-            OpenAI(base_url=url, api_key="none", max_retries=0) as client,
-            client.chat.completions.create(
-                model=MODEL, messages=talk("Tell me a story."), stream=True, max_tokens=100, seed=1
-            ) as stream,
-        ):
-            next(stream)
+        with answering(port, max_tokens=100) as stream:
             assert not can_be_listened_on(port)
             if how == "Ctrl-C":
                 run.type(CTRL_C)
@@ -1010,14 +1020,7 @@ def test_command_breaks_answers_off(tmp_path: Path, grace: int) -> None:
     command = nox_command("server", "--port", "0", "--grace", str(grace), directory=tmp_path)
     with terminal(command) as run:
         port = int(run.wait_for(r"running on http://127.0.0.1:(\d+)")[1])
-        url = f"http://127.0.0.1:{port}/v1"
-        with (
-            OpenAI(base_url=url, api_key="none", max_retries=0) as client,
-            client.chat.completions.create(
-                model=MODEL, messages=talk("Tell me a story."), stream=True, max_tokens=4000, seed=1
-            ) as stream,
-        ):
-            next(stream)
+        with answering(port, max_tokens=4000) as stream:
             run.type(CTRL_C)
             if grace:
                 run.wait_for("Waiting for connections to close")
