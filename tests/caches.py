@@ -5,9 +5,10 @@ With them, that a session's KV cache belongs to its tokens can be looked at, and
 
 from __future__ import annotations
 
+from array import array
 from asyncio import CancelledError
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import BinaryIO, Literal, TypeAlias
 
 from attrs import define, field, frozen
 
@@ -15,7 +16,9 @@ from inference_session import Session
 from inference_session.engine import TORN, BorrowedState, StateSlots
 
 
-FunctionName: TypeAlias = Literal["create", "length", "truncate", "release"]
+FunctionName: TypeAlias = Literal[
+    "create", "length", "truncate", "share", "dump", "load", "release"
+]
 Lie: TypeAlias = Literal["too long", "too short", "untouched", "untouched copy"]
 Damage: TypeAlias = Literal["torn", "hidden"]
 """What a step that failed did to a cache: its layers disagree; or it changed what `length` doesn't count."""
@@ -77,7 +80,9 @@ class Memory:
     """Whether, in addition, the old one can't be used after a step any more."""
     truncates: bool = True
     checkpoint_every: int | None = 1
-    """`truncate` cuts at multiples of this; None is that it can only empty a cache."""
+    """`truncate` and `share` cut at multiples of this; None is that they can only empty a cache."""
+    shares: bool = True
+    saves: bool = True
 
     caches: list[Cache] = field(init=False, factory=list[Cache])
     owner: object = field(init=False, default=None)
@@ -95,6 +100,9 @@ class Memory:
             create=self.create,
             length=self.length,
             truncate=self.truncate if self.truncates else None,
+            share=self.share if self.shares else None,
+            dump=self.dump if self.saves else None,
+            load=self.load if self.saves else None,
             release=self.release,
         )
 
@@ -141,6 +149,46 @@ class Memory:
         self._strike(fault)
         cache.successor = self.new(kept, cache.owner)
         return cache.successor
+
+    def share(self, cache: Cache, length: int) -> Cache:
+        """Return another cache of only the first tokens, if it's true."""
+        fault = self._due("share")
+        if fault is not None and not fault.after_work:
+            self._strike(fault)
+        self._check_live(cache, "share")
+        if fault is not None and fault.what == "untouched":
+            return cache
+        length = (
+            length + 1 if fault is not None and fault.what == "too long" else self.cut_at(length)
+        )
+        shared = self.new(cache.tokens[:length])
+        if fault is not None and isinstance(fault.what, BaseException):
+            shared.released += 1  # its own business, as it fails
+        self._strike(fault)
+        return shared
+
+    def dump(self, cache: Cache, file: BinaryIO) -> None:
+        """Write a cache, in two parts."""
+        fault = self._due("dump")
+        self._check_live(cache, "dump")
+        middle = len(cache.tokens) // 2
+        file.write(array("i", cache.tokens[:middle]))
+        if fault is not None and not fault.after_work:
+            self._strike(fault)
+        file.write(array("i", cache.tokens[middle:]))
+        self._strike(fault)
+
+    def load(self, file: BinaryIO) -> Cache:
+        """Read a cache, if it's true."""
+        fault = self._due("load")
+        if fault is not None and not fault.after_work:
+            self._strike(fault)
+        tokens = array("i")
+        tokens.frombytes(file.read())
+        if fault is not None and isinstance(fault.what, str):
+            tokens = tokens + tokens[:1] if fault.what == "too long" else tokens[:-1]
+        self._strike(fault)
+        return self.new(tokens)
 
     def release(self, cache: Cache) -> None:
         """Take a cache back, once."""

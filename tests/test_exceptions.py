@@ -19,6 +19,7 @@ from inference_session.exceptions import (
     SessionClosedError,
     SessionError,
     SessionExistsError,
+    SessionFileError,
     SessionForkedError,
     SessionNotFoundError,
     SessionOwnerError,
@@ -40,7 +41,11 @@ ERRORS_OF_A_SESSION: list[SessionError] = [
     *(error(SOME_ID) for error in OF_A_SESSION),
     StateMismatchError(SOME_ID, 5, 3, "advance"),
 ]
-ERRORS = [*ERRORS_OF_A_SESSION, RegistryFullError(7)]
+ERRORS = [
+    *ERRORS_OF_A_SESSION,
+    RegistryFullError(7),
+    SessionFileError("a.session", "its head or its tokens are damaged"),
+]
 CLASSES = [getattr(exceptions, name) for name in exceptions.__all__]
 
 each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -57,10 +62,11 @@ def test_every_error_is_tested() -> None:
 
 @each_class
 def test_root(error_class: type[Exception]) -> None:
-    """Who catches `SessionError` catches everything, and nobody else's errors: `ValueError` means wrong arguments."""
+    """`except SessionError` catches all, and nobody else's errors: `ValueError` means a wrong argument, or a wrong file."""
     assert issubclass(error_class, SessionError)
     assert SessionError.__bases__ == (Exception,)
-    assert not issubclass(error_class, ValueError | TypeError | RuntimeError)
+    assert issubclass(error_class, ValueError) == (error_class is SessionFileError)
+    assert not issubclass(error_class, TypeError | RuntimeError)
 
 
 @each_class
@@ -104,6 +110,7 @@ def test_mismatch() -> None:
         ("advance", "should cover 0 tokens, .* how many pending tokens the model was fed"),
         ("commit", "should cover 0 tokens, .* call advance after each time"),
         ("truncate", "should cover at most 0 tokens, .* at most the first n tokens"),
+        ("share", "should cover at most 0 tokens, .* at most the first n tokens"),
     ],
 )
 def test_mismatch_says_where(where: str, says: str) -> None:
@@ -127,6 +134,14 @@ def test_not_found() -> None:
     error = SessionNotFoundError(SOME_ID)
     assert isinstance(error, KeyError)
     assert str(error).startswith("there is no open session 1234")
+
+
+def test_file() -> None:
+    """A server learns which file it was."""
+    error = SessionFileError("a.session", "its head or its tokens are damaged")
+    assert isinstance(error, ValueError)
+    assert (error.path, error.problem) == ("a.session", "its head or its tokens are damaged")
+    assert str(error).startswith("no session can be restored from 'a.session': its head")
 
 
 def test_full() -> None:

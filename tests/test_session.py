@@ -635,7 +635,7 @@ def test_type_hints(module: Any, name: str) -> None:
 ERRORS = [
     getattr(exceptions, name)
     for name in exceptions.__all__
-    if name not in {"SessionError", "StateMismatchError", "RegistryFullError"}
+    if name not in {"SessionError", "SessionFileError", "StateMismatchError", "RegistryFullError"}
 ]
 RESULTS: list[object] = [
     PrefillResult(3),
@@ -643,6 +643,7 @@ RESULTS: list[object] = [
     SessionError("why"),
     exceptions.StateMismatchError(SOME_ID, 1, 2),
     exceptions.RegistryFullError(2),
+    exceptions.SessionFileError("a.session", "it isn't the file of a session"),
     *(error(SOME_ID) for error in ERRORS),
 ]
 

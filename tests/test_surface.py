@@ -36,6 +36,7 @@ SURFACE = {
         "SessionClosedError",
         "SessionError",
         "SessionExistsError",
+        "SessionFileError",
         "SessionForkedError",
         "SessionNotFoundError",
         "SessionOwnerError",

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from operator import index
 from types import TracebackType
-from typing import Generic, TypeVar, final, overload
+from typing import Any, Final, Generic, TypeVar, final, overload
+from uuid import UUID
 
 from attrs import define, field
 
@@ -24,6 +25,7 @@ from inference_session._tokens import (
     copy_of,
 )
 from inference_session._transaction import (
+    branch,
     change_key,
     check_length,
     copy_values,
@@ -46,6 +48,9 @@ from inference_session.exceptions import (
 
 KV = TypeVar("KV")
 T = TypeVar("T")
+
+ANY_KEY: Final[Any] = object()
+"""The key of a borrow by the library itself: the session's own, whichever that is."""
 
 _running: bool | None = True
 """None when the interpreter exits, as any module global may be. The session is then left to its finalizer."""
@@ -96,6 +101,8 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
 
         Raises:
             StateMismatchError: if `create` returned a cache that isn't empty.
+            ValueError: when set to a KV cache that another session of the same `StateSlots` has, if there is a
+                `release`: it would be called twice.
         """
         session, lease = self._session, self._lease
         if lease() is None or session._pid != _fork.pid or session._writer is not lease:
@@ -111,6 +118,20 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
             replace_cache(self._current(), self._lease, cache)
         finally:
             del cache  # a traceback keeps this frame
+
+    def take_kv_cache(self) -> KV:
+        """Hand over the KV cache to the caller, without `release`. All tokens become pending.
+
+        It can go to another session or back to a pool, and is lost to this session even if the block fails.
+
+        Raises:
+            ValueError: if there is no KV cache.
+        """
+        session = self._current()
+        if session._kv_cache is NO_CACHE:
+            raise ValueError(f"session {session._id} has no KV cache to take")
+        session._handed_out = True
+        return session._take_out_cache(self._lease)  # type: ignore[no-any-return]
 
     @property
     def token_history(self) -> Sequence[int]:
@@ -278,6 +299,32 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
             return session._kv_length
         finally:
             tokens = wanted = rest = NO_TOKENS  # a traceback keeps this frame
+
+    def branch(self, length: int | None = None, *, id: UUID | None = None) -> Session:  # noqa: A002
+        """Return a new session with the first `length` tokens of this one, committed or not.
+
+        It also gets the KV cache for them, all but the last one, if the engine has `share`; else they are pending. It
+        has the same key, but no values of further slots. It stays as it is if this block fails.
+
+        Args:
+            length: how many tokens; all of them by default.
+            id: the new session's id; random by default.
+
+        Raises:
+            ValueError: if the history is shorter than `length`, or `length` is negative; or if `share` returned the KV
+                cache of a session.
+            TypeError: if `id` isn't a `uuid.UUID`.
+            StateMismatchError: if `share` returned a KV cache that covers more tokens than it was asked for.
+            Exception: any error of `share`.
+        """
+        child = Session() if id is None else Session.with_id(id)
+        session = self._current()
+        count = len(session._token_history)
+        length = count if length is None else index(length)
+        if not 0 <= length <= count:
+            raise ValueError(f"can't branch at {length} tokens, as the history has {count}")
+        branch(session, self._slots, self._lease, length, child)
+        return child
 
     def __getitem__(self, slot: Slot[T], /) -> T:
         session, lease = self._session, self._lease
@@ -522,7 +569,7 @@ def _use_key(states: "list[BorrowedState[KV]]", block: LeasedBlock) -> None:
     """Release KV caches computed under another key, as a borrow begins."""
     try:
         for state in states:
-            if state._session._key != state._key:
+            if state._key is not ANY_KEY and state._session._key != state._key:
                 change_key(state._session, state._lease, state._key)
     except BaseException as failure:
         for state in states:

@@ -25,7 +25,10 @@ from inference_session._never_copied import NeverCopied
 from inference_session._session import NO_CACHE, Maintenance, Session, not_a_uuid
 from inference_session.exceptions import (
     RegistryFullError,
+    SessionBusyError,
+    SessionClosedError,
     SessionExistsError,
+    SessionForkedError,
     SessionNotFoundError,
 )
 
@@ -189,16 +192,31 @@ class SessionRegistry(NeverCopied):
             RuntimeError: if the registry was closed.
         """
         session = Session() if id is None else Session.with_id(id)
-        if self._idle_timeout is not None:
-            self._close_idle(_report)
-        borrowed = 0
-        while not self._add(session):
-            oldest = self._oldest()
-            if oldest is not None and self._close_unused(*oldest, "to make room", _report) is None:
-                borrowed += 1
-                if borrowed >= len(self) and self._all_borrowed():
-                    raise RegistryFullError(self._max_sessions or 0)
+        self._take_in(session)
         return session
+
+    def add(self, session: Session) -> None:
+        """Take in a session that was made elsewhere: branched or restored, say.
+
+        Room is made for it as by `open`, and its KV cache counts for the budget.
+
+        Raises:
+            SessionExistsError: if there is an open session with its id.
+            RegistryFullError: if there are `max_sessions` already, and all of them are borrowed.
+            SessionBusyError, SessionClosedError, SessionForkedError: as `StateSlots.borrow`.
+            TypeError: if it isn't a `Session`; or from an engine without `nbytes`, if there is `max_kv_bytes`.
+            ValueError: if it is in another registry.
+            RuntimeError: if the registry was closed.
+            Exception: any error of `nbytes`.
+        """
+        if type(session) is not Session:
+            raise TypeError(f"only a Session can be added, got {type(session).__name__!r}")
+        if session._is_forked():
+            raise SessionForkedError(session._id)
+        if not session._maintain(lambda: self._take_in(session, self._measure(session))):
+            raise SessionBusyError(session._id)
+        if self._kv_total > self._kv_limit:
+            self._evict_over_budget()
 
     def __getitem__(self, id: UUID) -> Session:  # noqa: A002
         """Return the open session with this id.
@@ -291,23 +309,33 @@ class SessionRegistry(NeverCopied):
 
     # The books
 
-    def _add(self, session: Session) -> bool:
-        """Add a session, if there's room for it.
+    def _take_in(self, session: Session, nbytes: int = 0) -> None:
+        """Add a session; make room for it first, if needed. See `add` for the errors."""
+        if self._idle_timeout is not None:
+            self._close_idle(_report)
+        borrowed = 0
+        while not self._add(session, nbytes):
+            oldest = self._oldest()
+            if oldest is not None and self._close_unused(*oldest, "to make room", _report) is None:
+                borrowed += 1
+                if borrowed >= len(self) and self._all_borrowed():
+                    raise RegistryFullError(self._max_sessions or 0)
 
-        Raises:
-            SessionExistsError: if its id is taken.
-            RuntimeError: if the registry was closed.
-        """
+    def _add(self, session: Session, nbytes: int) -> bool:
+        """Add a session, if there's room for it, and the bytes of its KV cache."""
         key, order = session._id.int, self._order
         entry = _Entry(key, self._now())
-        exists = closed = added = False
+        exists = closed = gone = elsewhere = added = False
         for _ in _locked:
             try:
                 exists, closed = key in self._sessions, self._closed
-                if not exists and not closed and self._room > 0:
-                    room = self._room - 1
+                gone, elsewhere = session._closed, session._observer is not None
+                if not (exists or closed or gone or elsewhere) and self._room > 0:
+                    room, total = self._room - 1, self._kv_total + nbytes
                     self._sessions[key] = session
-                    self._room, session._observer = room, entry
+                    if nbytes > 0:
+                        self._kv_bytes[key] = nbytes
+                    self._room, self._kv_total, session._observer = room, total, entry
                     entry.older, entry.newer = order.older, order
                     order.older.newer = order.older = entry
                     added = True
@@ -318,6 +346,10 @@ class SessionRegistry(NeverCopied):
             raise RuntimeError("the registry is closed; open sessions in another one")
         if exists:
             raise SessionExistsError(session.id)
+        if gone:
+            raise SessionClosedError(session.id)
+        if elsewhere:
+            raise ValueError(f"session {session.id} is in another registry")
         return added
 
     def _use(self, session: Session, entry: _Entry, nbytes: int | None = None) -> bool:

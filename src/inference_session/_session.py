@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Callable
 from os import getpid
 from types import TracebackType
-from typing import Any, Final, Never, Protocol, TypeAlias, TypeVar, final
+from typing import Any, BinaryIO, Final, Never, Protocol, TypeAlias, TypeVar, final
 from uuid import UUID, uuid4
-from weakref import ref
+from weakref import ReferenceType, ref
 
 from attrs import define, field
 
@@ -30,6 +30,10 @@ whether the last borrow failed after handing out the KV cache. A tuple, for spee
 NOTHING: Final[Savepoint] = (0, NO_TOKENS, None, NO_VALUES, False)
 
 
+HOLDERS: Final[dict[int, "ReferenceType[Session]"]] = {}
+"""Which session has a KV cache, by its `id()`, if there is a `release`. Ask that session, as an entry may be old."""
+
+
 class CacheFunctions(Protocol[KV]):
     """An engine's description of its KV cache: see `StateSlots`, the only implementation."""
 
@@ -39,6 +43,12 @@ class CacheFunctions(Protocol[KV]):
     def length(self) -> Callable[[KV], int]: ...
     @property
     def truncate(self) -> Callable[[KV, int], KV] | None: ...
+    @property
+    def share(self) -> Callable[[KV, int], KV] | None: ...
+    @property
+    def dump(self) -> Callable[[KV, BinaryIO], object] | None: ...
+    @property
+    def load(self) -> Callable[[BinaryIO], KV] | None: ...
     @property
     def release(self) -> Callable[[KV], object] | None: ...
     @property
@@ -193,11 +203,11 @@ class Session(NeverCopied):
         Raises:
             Exception: any error of `release`. The session is closed all the same, and `release` isn't called again.
         """
-        observer = self._observer
         # In a child still being forked, the observer's lock may be held by a thread of the parent.
-        if observer is None or (not _fork.pid and self._is_forked()):
+        alone = not _fork.pid and self._is_forked()
+        if alone or self._observer is None:
             self._closed = True
-        else:
+        if not alone and (observer := self._observer) is not None:  # set by now, maybe
             observer.close(self)
         self._free()
 
@@ -325,6 +335,7 @@ class Session(NeverCopied):
     # interrupt comes in between.
 
     def _take_out_cache(self, writer: Lease) -> Any:
+        holders, key = self._holders, id(self._kv_cache)
         if self._writer is not writer:
             raise BorrowExpiredError(self._id)
         cache = self._kv_cache
@@ -333,9 +344,12 @@ class Session(NeverCopied):
             covered = None
         left = (count, dropped, covered, values, failed)
         self._kv_cache, self._kv_length, self._savepoint = self._no_cache, 0, left
+        if key in holders:
+            del holders[key]
         return cache
 
     def _take_out_savepoint_cache(self, writer: Lease) -> Any:
+        holders, key = self._holders, id(self._savepoint_cache)
         if self._writer is not writer:
             raise BorrowExpiredError(self._id)
         cache = self._savepoint_cache
@@ -343,6 +357,8 @@ class Session(NeverCopied):
             count, dropped, _, values, failed = self._savepoint
             left = (count, dropped, None, values, failed)
             self._savepoint_cache, self._savepoint = self._no_cache, left
+            if key in holders:
+                del holders[key]
         return cache
 
     # A module's globals may be None when the interpreter exits, so finalizers use class attributes and defaults.
@@ -350,6 +366,7 @@ class Session(NeverCopied):
     _no_cache = NO_CACHE
     _nothing = NOTHING
     _no_values = NO_VALUES
+    _holders = HOLDERS
     _nobody = staticmethod(nobody)
 
     def _release_of(

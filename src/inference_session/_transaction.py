@@ -5,13 +5,14 @@ written (`_lease` explains why). An exception can arrive at any instant, and mus
 belong together share one statement, and the result of an engine's function is stored in the same turn of a loop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import starmap
 from operator import index
 from typing import Any
+from weakref import ref
 
 from inference_session._lease import ONCE, Lease, nobody
-from inference_session._session import NO_CACHE, CacheFunctions, Savepoint, Session
+from inference_session._session import HOLDERS, NO_CACHE, CacheFunctions, Savepoint, Session
 from inference_session._slot import NO_VALUES
 from inference_session._tokens import NO_TOKENS, Ids
 from inference_session.exceptions import BorrowExpiredError, StateMismatchError
@@ -65,6 +66,7 @@ def create_cache(session: Session, slots: CacheFunctions[Any], writer: Lease) ->
     if session._writer is not writer:
         raise BorrowExpiredError(session._id)
     try:
+        _record_holder(session, slots)
         check_length(session, slots, writer, 0, "create")
     except BaseException:
         session._release_cache(writer)
@@ -74,22 +76,52 @@ def create_cache(session: Session, slots: CacheFunctions[Any], writer: Lease) ->
 def replace_cache(session: Session, writer: Lease, cache: object) -> None:
     """Replace the present KV cache; it is kept if it is the savepoint's, and else released."""
     release = session._release_of(session._slots)
-    if session._writer is not writer:
-        raise BorrowExpiredError(session._id)
-    session._handed_out = True
-    replaced = session._kv_cache
-    if cache is replaced:
-        return
-    if session._savepoint_cache is NO_CACHE and session._savepoint[2] is not None:
-        session._savepoint_cache, session._kv_cache = replaced, cache
-        return
-    aside = NO_CACHE if cache is session._savepoint_cache else session._savepoint_cache
-    session._kv_cache, session._savepoint_cache = cache, aside
+    replaced = aside = NO_CACHE
     try:
+        if (other := _other_holder(session, cache)) is not None:
+            raise ValueError(
+                f"session {other._id} has this KV cache, so session {session._id} can't have it, "
+                "too: take it from there first, by take_kv_cache()"
+            )
+        if release is not None:
+            HOLDERS[id(cache)] = ref(session)
+        holders, key = HOLDERS, id(session._kv_cache)
+        if session._writer is not writer:
+            raise BorrowExpiredError(session._id)
+        session._handed_out = True
+        replaced = session._kv_cache
+        if cache is replaced:
+            return
+        if session._savepoint_cache is NO_CACHE and session._savepoint[2] is not None:
+            session._savepoint_cache, session._kv_cache = replaced, cache
+            return
+        aside = NO_CACHE if cache is session._savepoint_cache else session._savepoint_cache
+        session._kv_cache, session._savepoint_cache = cache, aside
+        if key in holders:
+            del holders[key]
         if release is not None and replaced is not NO_CACHE:
             release(replaced)
     finally:
         del replaced, aside, cache  # a traceback keeps this frame
+
+
+def _other_holder(session: Session, cache: object) -> Session | None:
+    """Return the other session that has this KV cache, which would be released twice; None if there's none."""
+    try:
+        if session._slots is None or session._slots.release is None:
+            return None
+        holder = HOLDERS.get(id(cache))
+        other = None if holder is None else holder()
+        if other is None or other is session or other._slots is not session._slots:
+            return None
+        return other if other._kv_cache is cache or other._savepoint_cache is cache else None
+    finally:
+        del cache  # a traceback keeps this frame
+
+
+def _record_holder(session: Session, slots: CacheFunctions[Any]) -> None:
+    if slots.release is not None:
+        HOLDERS[id(session._kv_cache)] = ref(session)
 
 
 def cut_cache(session: Session, slots: CacheFunctions[Any], writer: Lease, length: int) -> None:
@@ -228,7 +260,8 @@ def _truncate_cache(
             break
         else:
             raise RuntimeError("truncate(kv_cache, length) raised StopIteration")  # noqa: TRY301
-        kept = _truncated_length(session, slots, writer, length)
+        _record_holder(session, slots)
+        kept = _kept_length(session, slots, writer, length, "truncate")
     except BaseException:
         if cache is not NO_CACHE:
             if session._writer is writer:
@@ -252,16 +285,58 @@ def _covering(savepoint: Savepoint, covered: int | None) -> Savepoint:
     return (count, dropped, covered, values, failed)
 
 
-def _truncated_length(
-    session: Session, slots: CacheFunctions[Any], writer: Lease, most: int
+def _kept_length(
+    session: Session, slots: CacheFunctions[Any], writer: Lease, most: int, where: str
 ) -> int:
     """Return how many tokens the KV cache covers now; raise StateMismatchError if more than `most`."""
     kept = index(slots.length(session._kv_cache))
     if not 0 <= kept <= most:
         if session._writer is not writer:
             raise BorrowExpiredError(session._id)
-        raise _mismatch(session, most, kept, "truncate")
+        raise _mismatch(session, most, kept, where)
     return kept
+
+
+def branch(
+    session: Session, slots: CacheFunctions[Any], writer: Lease, length: int, child: Session
+) -> None:
+    """Give a new session the first tokens of this one; and its KV cache, as far as `share` can."""
+    child._token_history = session._token_history[:length]
+    begin(child, slots, session._key)
+    most = min(session._kv_length, length - 1)
+    if slots.share is not None and most > 0:
+        adopt(child, slots, map(slots.share, (session._kv_cache,), (most,)), most, "share")
+    if session._writer is not writer:
+        child.close()
+        raise BorrowExpiredError(session._id)
+
+
+def begin(session: Session, slots: CacheFunctions[Any], key: str) -> None:
+    """Commit the tokens of a new session, known to nobody yet. All are pending."""
+    count = len(session._token_history)
+    session._slots, session._key = slots, key
+    session._savepoint = (count, NO_TOKENS, None, NO_VALUES, False)
+
+
+def adopt(
+    session: Session, slots: CacheFunctions[Any], made: Iterator[Any], most: int, where: str
+) -> None:
+    """Give a new session, known to nobody yet, the KV cache made by an iterator."""
+    try:
+        for session._kv_cache in made:
+            break
+        else:
+            raise RuntimeError(f"{where} raised StopIteration")  # noqa: TRY301
+        if _other_holder(session, session._kv_cache) is not None:
+            session._kv_cache = NO_CACHE
+            raise ValueError(f"{where} must return another KV cache than a session has already")  # noqa: TRY301
+        _record_holder(session, slots)
+        kept = _kept_length(session, slots, nobody, most, where)
+        savepoint = _covering(session._savepoint, kept)
+        session._kv_length, session._savepoint = kept, savepoint
+    except BaseException as error:
+        session._release_cache(nobody, error)
+        raise
 
 
 def _release_made(session: Session, slots: CacheFunctions[Any], cache: object) -> None:

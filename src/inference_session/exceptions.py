@@ -18,6 +18,7 @@ __all__ = [
     "SessionClosedError",
     "SessionError",
     "SessionExistsError",
+    "SessionFileError",
     "SessionForkedError",
     "SessionNotFoundError",
     "SessionOwnerError",
@@ -107,6 +108,7 @@ _ADVICE: Final = {
     "advance": "advance(count) must say how many pending tokens the model was fed",
     "commit": "call advance after each time that the model is fed",
     "truncate": "truncate(kv_cache, n) must return one that covers at most the first n tokens",
+    "share": "share(kv_cache, n) must return one that covers at most the first n tokens",
 }
 
 
@@ -121,15 +123,15 @@ class StateMismatchError(_OneSessionError):
     """
 
     expected: int
-    """How many tokens the KV cache should cover; after `truncate`, at most."""
+    """How many tokens the KV cache should cover; after `truncate` and `share`, at most."""
     actual: int
     """How many it covers, by `length`."""
     where: str = ""
-    """Where it was detected: "create", "advance", "commit" (also at the end of a block) or "truncate"."""
+    """Where it was detected: "create", "advance", "commit" (also at the end of a block), "truncate" or "share"."""
 
     def __str__(self) -> str:
         seen = f"{self.where}: " if self.where else ""
-        most = "at most " if self.where == "truncate" else ""
+        most = "at most " if self.where in {"truncate", "share"} else ""
         actual = "TORN, as its layers disagree" if self.actual == TORN else self.actual
         advice = f"; {_ADVICE[self.where]}" if self.where in _ADVICE else ""
         return (
@@ -173,3 +175,18 @@ class RegistryFullError(SessionError):
     _message = (
         "all sessions are borrowed (max_sessions={0.max_sessions}); try again when a step has ended"
     )
+
+
+@define(eq=False, slots=False)
+class SessionFileError(SessionError, ValueError):
+    """No session can be restored from this file: it isn't one of a session, or its tokens can't be trusted.
+
+    You do *not* get it for a damaged or unreadable KV cache: the session is restored then, with all tokens pending.
+    """
+
+    path: str
+    """The path of the file."""
+    problem: str
+    """What is wrong with it, as the end of the message."""
+
+    _message = "no session can be restored from {0.path!r}: {0.problem}"
