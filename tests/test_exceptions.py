@@ -62,7 +62,7 @@ def test_every_error_is_tested() -> None:
 
 @each_class
 def test_root(error_class: type[Exception]) -> None:
-    """`except SessionError` catches all, and nobody else's errors: `ValueError` means a wrong argument, or a wrong file."""
+    """`except SessionError` catches all, and no foreign error: `ValueError` means a wrong argument or a wrong file."""
     assert issubclass(error_class, SessionError)
     assert SessionError.__bases__ == (Exception,)
     assert issubclass(error_class, ValueError) == (error_class is SessionFileError)

@@ -110,6 +110,7 @@ class Engine:
             create=self.create,
             length=self.length,
             truncate=self.truncate,
+            share=self.share,
             release=self.release,
             nbytes=lambda cache: 1,
         )
@@ -139,6 +140,13 @@ class Engine:
         if "truncate" not in self.lies:
             cache.length = length
         return cache
+
+    def share(self, cache: Cache, length: int) -> Cache:
+        """Make another one."""
+        self.fail("share")
+        shared = Cache()
+        shared.length = 7 if "share" in self.lies else length
+        return cache if "another" in self.lies else shared
 
     def release(self, cache: Cache) -> None:
         """Free it."""
@@ -557,7 +565,7 @@ def match_length(state: BorrowedState[Cache]) -> None:
 
 
 @pytest.mark.parametrize("how", ["fails", "lies"])
-@pytest.mark.parametrize("where", ["create", "length", "truncate", "release"])
+@pytest.mark.parametrize("where", ["create", "length", "truncate", "share", "release"])
 def test_engines_that_fail(
     ear: Ear, engine: Engine, session: Session, where: str, how: str
 ) -> None:
@@ -571,6 +579,8 @@ def test_engines_that_fail(
             lambda: state.advance(1),
             state.commit,
             lambda: state.reuse_prefix(TOKENS[:1]),
+            lambda: state.branch().close(),
+            lambda: state.take_kv_cache().length,
         ]
 
     def block(position: int, *, fails: bool) -> None:
@@ -582,7 +592,7 @@ def test_engines_that_fail(
                 raise KeyError
 
     ear.reports_crashes = (where, how) != ("length", "lies")  # a length is no secret
-    for position in range(6):
+    for position in range(8):
         for fails in (True, False):
             ear.attempt(partial(block, position, fails=fails))
             getattr(engine, how).clear()
@@ -887,6 +897,18 @@ def rewind_twice(state: BorrowedState[Cache]) -> None:
     state.rewind(1)
 
 
+def exchange(engine: Engine, session: Session) -> None:
+    """Give one KV cache to two sessions."""
+    with Session() as other, engine.slots.borrow_all([session, other]) as (mine, theirs):
+        theirs.kv_cache = mine.kv_cache
+
+
+def take_twice(state: BorrowedState[Cache]) -> None:
+    """Take what isn't there any more."""
+    state.take_kv_cache()
+    state.take_kv_cache()
+
+
 def change_key(engine: Engine, session: Session) -> None:
     """Let go of a KV cache of another key."""
     with engine.slots.borrow(session, key="another"):
@@ -975,6 +997,17 @@ CRASHES: dict[str, Crash] = {
     ),
     "truncate fails after a rewind": block(rewind_twice, fails="truncate"),
     "release fails for another key": after(no_release, change_key),
+    "share fails": block(lambda state: state.branch(), fails="share"),
+    "share lies": block(lambda state: state.branch(), lies="share"),
+    "share lies, and release fails": after(
+        no_release, block(lambda state: state.branch(), lies="share")
+    ),
+    "share returns what it was given": block(lambda state: state.branch(), lies="another"),
+    "branch at no token": block(lambda state: state.branch(4)),
+    "late branch": late(lambda state: state.branch()),
+    "one KV cache for two": exchange,
+    "taken twice": block(take_twice),
+    "late take": late(lambda state: state.take_kv_cache()),
 }
 
 

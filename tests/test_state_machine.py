@@ -16,7 +16,9 @@ from asyncio import CancelledError
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 from uuid import UUID
 
@@ -187,6 +189,30 @@ class Evict:
 
 
 @frozen
+class Branch:
+    """Branch a session, at a token that is there or not."""
+
+    drop: int
+
+
+@frozen
+class Take:
+    """Take the KV cache, and put it back or not."""
+
+    back: bool
+
+
+@frozen
+class Save:
+    """Save a session, and restore what the file holds."""
+
+    session: int
+    engine: int
+    move: bool
+    take: bool
+
+
+@frozen
 class Misuse:
     """Come too late, with the state of a block that has ended; or with what only passes for a session."""
 
@@ -208,6 +234,9 @@ Simple: TypeAlias = (
     | Break
     | Close
     | Evict
+    | Branch
+    | Take
+    | Save
     | Misuse
 )
 Style: TypeAlias = Literal["with", "stack", "by hand", "abandoned", "collected"]
@@ -224,6 +253,8 @@ MEMBERS: Final[dict[str, Callable[[BorrowedState[Cache]], object]]] = {
     "commit": lambda state: state.commit(),
     "chunks": lambda state: state.chunks(1),
     "rewind": lambda state: state.rewind(0),
+    "branch": lambda state: state.branch(0),
+    "take_kv_cache": lambda state: state.take_kv_cache(),
     "reuse_prefix": lambda state: state.reuse_prefix([0]),
     "get slot": lambda state: state[SLOTS[0]],
     "set slot": lambda state: state.__setitem__(SLOTS[0], 0),
@@ -323,9 +354,12 @@ def fail(choice: Random) -> Raise:
 
 def break_(choice: Random) -> Break:
     """Choose which function is to fail, and how."""
-    function: FunctionName = choice.choice(("release", "truncate", "length", "create"))
-    lies: Sequence[Lie] = ("too long", "too short", "untouched", "untouched copy")
-    error = choice.choice(ERRORS) if function == "release" else choice.choice((*ERRORS, *lies))
+    functions: Sequence[FunctionName] = ("release", "truncate", "length", "create")
+    function = choice.choice((*functions, *functions, *get_args(FunctionName)))
+    lies: Sequence[Lie] = ()
+    if function in {"truncate", "length", "create"}:
+        lies = ("too long", "too short", "untouched", "untouched copy")
+    error = choice.choice((*ERRORS, *lies))
     return Break(function, error, choice.choice((False, True)), choice.choice((0, 1, 0, 2)))
 
 
@@ -337,6 +371,22 @@ def close(choice: Random) -> Close:
 def evict(choice: Random) -> Evict:
     """Choose what to evict."""
     return Evict(choice.choice(range(3)), choice.choice(range(2)))
+
+
+def branch(choice: Random) -> Branch:
+    """Choose where to branch."""
+    return Branch(choice.choice((0, 0, 0, 1, 1, 2, 3, 99, -1)))
+
+
+def take(choice: Random) -> Take:
+    """Choose what to do with a cache that was taken."""
+    return Take(choice.random() < 0.6)
+
+
+def save(choice: Random) -> Save:
+    """Choose what to save, and how."""
+    move, take = choice.choice((False, True)), choice.choice((False, True))
+    return Save(choice.choice(range(3)), choice.choice(range(2)), move, take)
 
 
 def misuse(choice: Random) -> Misuse:
@@ -358,6 +408,9 @@ KINDS: Final[Sequence[Callable[[Random], Simple] | None]] = (
     *(break_,) * 3,
     close,
     evict,
+    *(branch,) * 3,
+    take,
+    save,
     *(misuse,) * 2,
     None,  # a block within the block
 )
@@ -572,7 +625,12 @@ class Sessions(RuleBasedStateMachine):
         """Begin with nothing."""
         self.engines = [Engine(memory) for memory in memories]
         self.talks = [Talk() for _ in range(3)]
+        self.made: list[Talk] = []
+        """Sessions branched and restored meanwhile."""
         self.open: list[AbstractContextManager[object]] = []
+        self.folder = TemporaryDirectory()
+        self.file: Talk | None = None
+        """What the file holds, as far as it's known."""
         self.failed = False
 
     # Calls
@@ -588,28 +646,47 @@ class Sessions(RuleBasedStateMachine):
         self.repair()
         if choice.random() < 0.3:
             self.call(choice)
+        for talk in self.made:
+            self.adopt(talk, choice.randrange(5))
+        self.made.clear()
         if choice.random() < 0.7:
             self.talks = [Talk() if talk.closed else talk for talk in self.talks]
 
     def call(self, choice: Random) -> None:
         """Close, evict or drop a session that isn't borrowed, whether its cache can be released or not."""
-        what = choice.choice((*(misuse,) * 5, close, evict, None))
+        what = choice.choice((*(misuse,) * 5, close, evict, *(save,) * 3, None))
         fails = choice.choice((False, True))
         note(f"{what} {fails}")
         if what is None:
             self.drop(choice.randrange(3))
             return
         if fails:
+            function: FunctionName = choice.choice(("release", "release", "dump", "load"))
             for engine in self.engines:
-                engine.memory.fail(Fault("release", choice.choice(ERRORS)()))
+                engine.memory.fail(Fault(function, choice.choice(ERRORS)()))
         match what(choice):
             case Close() as act:
                 self.do_close(act)
             case Evict() as act:
                 self.do_evict(act)
+            case Save() as act:
+                self.do_save(act)
             case Misuse() as act:
                 self.do_misuse(act)
         self.repair()
+
+    def adopt(self, talk: Talk, number: int) -> None:
+        """Go on with a session branched or restored in the place of another one; or look at it, and close it."""
+        if number < 3:
+            self.do_close(Close(number))
+            self.talks[number] = talk
+            return
+        self.talks.append(talk)
+        for engine in range(2):
+            if talk.engine in {None, self.engines[engine]}:
+                self.run(Block([3], engine, talk.key, "with", 0, []))
+        self.do_close(Close(3))
+        self.talks.pop()
 
     def drop(self, number: int) -> None:
         """Drop a session, and go on with a new one: its cache is released, and there's a warning."""
@@ -657,6 +734,8 @@ class Sessions(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Close everything: exactly what was created was released."""
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
         if getattr(self, "failed", True):  # also where Hypothesis has stopped before `begin`
             return
         self.look()
@@ -911,6 +990,58 @@ class Sessions(RuleBasedStateMachine):
                 talk.engine = None
         return error
 
+    def do_save(self, act: Save) -> BaseException | None:
+        """Save a session, restore what the file holds then, and return what one of both raised."""
+        talk, engine = self.talks[act.session], self.engines[act.engine]
+        path = Path(self.folder.name, "file")
+        refusals = self.refusals(engine, [talk])
+        before = self.disturbances
+        error = self.attempt(lambda: engine.slots.save(talk.session, path, move=act.move))
+        if self.disturbances > before:
+            assert error is None or self.was_injected(error) or type(error) in refusals
+            talk.sure, self.file = False, None
+            path.unlink(missing_ok=True)
+        elif error is not None:
+            assert type(error) in refusals
+        else:
+            assert None in refusals
+            kept = talk.kept or None if engine.memory.saves else None
+            self.file = Talk(talk.session, engine, saved=talk.saved, kept=kept, key=talk.key)
+            self.file.sure = talk.sure
+            talk.failed = False
+        assert talk.session.closed == talk.closed or act.move
+        if talk.session.closed and not talk.closed:
+            self.hold_faults()
+            talk.session.close()
+            talk.closed = True
+            talk.free()
+            assert not self.live(talk)
+        return error or self.restore(path, take=act.take)
+
+    def restore(self, path: Path, *, take: bool) -> BaseException | None:
+        """Restore what the file holds."""
+        before, file = self.disturbances, self.file
+        if file is None or file.engine is None:
+            return None
+        slots, made = file.engine.slots, list[Session]()
+        file.engine.memory.owner = talk = Talk()
+        error = self.attempt(lambda: made.append(slots.restore(path, take=take)))
+        disturbed = self.disturbances > before
+        assert error is None or (disturbed and self.was_injected(error))
+        assert path.exists() == (error is not None or not take)
+        if made:
+            talk.session, talk.engine, talk.key = made.pop(), file.engine, file.key
+            talk.saved, talk.kept, talk.sure = file.saved, file.kept, file.sure and not disturbed
+            assert talk.session.id == file.session.id
+            assert talk.session.token_count == len(talk.saved)
+            if talk.sure:
+                assert talk.session._kv_length == (talk.kept or 0)
+            if not talk.saved:
+                talk.engine = None
+            self.made.append(talk)
+        self.file = file if path.exists() else None
+        return error
+
     def do_misuse(self, act: Misuse) -> None:
         """Do something wrong, which is refused and changes nothing."""
         talk = self.talks[act.session]
@@ -1068,6 +1199,8 @@ class Body:
                 return machine.do_close(act.what)
             case Evict():
                 return machine.do_evict(act.what)
+            case Save():
+                return machine.do_save(act.what)
             case Misuse():
                 machine.do_misuse(act.what)
                 return None
@@ -1094,6 +1227,10 @@ class Body:
                 return self.chunks(talk, act.what)
             case _ if talk.covered != talk.kv_length:
                 return None  # no engine can go on with a cache that isn't what it thinks
+            case Branch():
+                return self.branch(talk, len(talk.history) - act.what.drop)
+            case Take(back=back):
+                return self.take(talk, back=back)
             case Step():
                 return self.step(talk, act.what)
             case Turn(tokens=tokens):
@@ -1247,6 +1384,45 @@ class Body:
                 return error
             number += 1
         return None
+
+    def branch(self, talk: Talk, length: int) -> BaseException | None:
+        """Branch the session."""
+        if talk.cache is not None and talk.cache.donated:
+            return None
+        child, made = Talk(saved=talk.history[: max(length, 0)]), list[Session]()
+        memory, before = self.engine.memory, self.machine.disturbances
+        refused = None if 0 <= length <= len(talk.history) else ValueError
+        error, done = self.attempt(talk, lambda: made.append(talk.borrowed.branch(length)), refused)
+        if done:
+            child.session, child.key = made.pop(), talk.key
+            child.engine = self.engine if length else None
+            child.sure = self.machine.disturbances == before
+            most = min(talk.kv_length, length - 1)
+            if memory.shares and most > 0:
+                child.kept = self.engine.memory.cut_at(most)
+                child.session._kv_cache.owner = child
+            assert child.session.token_count == length
+            self.machine.made.append(child)
+        return error
+
+    def take(self, talk: Talk, *, back: bool) -> BaseException | None:
+        """Take the cache, and put it back, or not."""
+        taken = list[Cache]()
+        refused = ValueError if talk.cache is None else None
+        error, done = self.attempt(
+            talk, lambda: taken.append(talk.borrowed.take_kv_cache()), refused
+        )
+        if not done:
+            return error
+        (cache,), length = taken, talk.kv_length
+        assert cache is talk.cache
+        if talk.original is None:
+            talk.kept = None
+        talk.cache, talk.kv_length, talk.handed_out = None, 0, True
+        if not back:
+            cache.released += 1
+            return None
+        return self.put(talk, cache) or self.advance(talk, length)
 
     def rewind(self, talk: Talk, length: int, pending: int) -> BaseException | None:
         """Forget the last tokens."""

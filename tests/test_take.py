@@ -234,9 +234,17 @@ def replace(slots: StateSlots[Cache], session: Session) -> None:
         state.kv_cache = Cache([1])
 
 
-@pytest.mark.parametrize(
-    "free", [StateSlots.evict, take, replace, lambda slots, session: session.close()]
-)
+def evict(slots: StateSlots[Cache], session: Session) -> None:
+    """Free the cache."""
+    slots.evict(session)
+
+
+def close(slots: StateSlots[Cache], session: Session) -> None:
+    """Close the session."""
+    session.close()
+
+
+@pytest.mark.parametrize("free", [evict, close, take, replace])
 def test_free_again(
     slots: StateSlots[Cache],
     memory: Memory,
