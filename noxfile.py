@@ -32,39 +32,11 @@ FREE_THREADED = ["3.13t", "3.14t"]
 MEASURED = ["3.11", "3.12", "3.13"]
 LOWEST = [bound.replace(">=", "==") for bound in PYPROJECT["project"]["dependencies"]]
 
-ENGINES = ["jax", "llama_cpp", "mlx", "transformers"]
-EXAMPLES = ["ray", "server"]
-
-# The pages, code and tests that need a library of their own. They are run and type-checked by the session that installs
-# it (`check_library`), and left out by all others; by `typing` for what pyproject.toml says, so name them there, too.
-LIBRARIES = {
-    "jax": ["docs/engines/jax.md", "docs/engines/jax_engine.py", "tests/engines/test_jax.py"],
-    "llama_cpp": [
-        "docs/engines/llama_cpp.md",
-        "docs/engines/llama_cpp_engine.py",
-        "tests/engines/test_llama_cpp.py",
-    ],
-    "mlx": ["docs/engines/mlx.md", "docs/engines/mlx_engine.py", "tests/engines/test_mlx.py"],
-    "transformers": [
-        "docs/engines/transformers.md",
-        "docs/engines/transformers_engine.py",
-        "docs/why.md",
-        "docs/why/*.py",
-        "tests/engines/test_transformers.py",
-        "tests/engines/test_why.py",
-    ],
-    "ray": [
-        "docs/examples/ray_*.py",
-        "docs/examples/ray_cluster.md",
-        "tests/examples/test_ray_cluster.py",
-    ],
-    "server": [
-        "docs/examples/openai_chat.py",
-        "docs/examples/server.md",
-        "docs/examples/server.py",
-        "tests/examples/test_server.py",
-    ],
-}
+# What shows the library at work, with the libraries that it needs: each in a folder with its modules, its page and its
+# tests, and a dependency group of the same name.
+ENGINES = sorted(Path("docs/engines").glob("[a-z]*/"))
+EXAMPLES = sorted(Path("docs/examples").glob("[a-z]*/"))
+NUMPY = Path("docs/engines/numpy").resolve()  # imported by the examples
 
 
 def group(*names: str) -> tuple[str, ...]:
@@ -113,29 +85,33 @@ def hand_over(session: nox.Session, program: str) -> None:
     os.execve(python, [python, program, *session.posargs], given)  # noqa: S606
 
 
-def files(pattern: str, *libraries: str) -> list[str]:
-    """Return the files that need one of these libraries and match the pattern."""
-    globs = [glob for library in libraries for glob in LIBRARIES[library]]
-    paths = [path for glob in globs for path in sorted(Path().glob(glob)) if path.match(pattern)]
-    return [path.as_posix() for path in paths]
+def check_folder(session: nox.Session, folder: Path) -> None:
+    """Test, run and type-check an engine or an example, with the libraries that it needs."""
+    tests = sorted(folder.glob("test_*.py"))
+    modules = sorted(set(folder.glob("*.py")) - set(tests))
+    parts = {"page, index.md": (folder / "index.md").exists(), "test": tests, "module": modules}
+    for part, found in parts.items():
+        if not found:
+            session.error(f"{folder} has no {part}")
+    if folder.name not in PYPROJECT["dependency-groups"]:
+        session.error(f"pyproject.toml has no dependency group {folder.name}, for {folder}")
+    install_model(session)
+    session.env["CMAKE_ARGS"] = "-DGGML_NATIVE=OFF"  # for llama.cpp, which is built from source
+    tools = ["newest", "tests", "samples", "nox", "checkers"]
+    session.install(".", *group(folder.name, *tools))
+    session.env["PYTHONPATH"] = os.pathsep.join(map(str, [folder.resolve(), NUMPY]))
+    session.run("python", "-m", "pytest", "-p", "docs.samples", str(folder), *session.posargs)
+    session.run("mypy", *map(str, modules + tests), env={"MYPYPATH": str(folder)})
+    session.run("pyright", *map(str, modules + tests))
 
 
-def ignored(pattern: str) -> list[str]:
-    """Return the arguments by which pytest passes over the files that need a library."""
-    return [f"--ignore={path}" for path in files(pattern, *LIBRARIES)]
-
-
-def check_library(session: nox.Session, name: str) -> None:
-    """Test what needs a library, which is installed already; run its samples; type-check it."""
-    for glob in LIBRARIES[name]:
-        if not any(Path().glob(glob)):
-            session.error(f"there's no {glob}")
-    session.install(".", *group("newest", "tests", "samples", "checkers"))
-    session.run("python", "-m", "pytest", *files("test_*.py", name), *session.posargs)
-    session.run("python", "-m", "pytest", "-p", "docs.samples", *files("*.md", name))
-    session.run("mypy", *files("*.py", name))
-    # Pyright doesn't say so when all it's given is excluded: this configuration excludes nothing.
-    session.run("pyright", "-p", "pyright-libraries.json", *files("*.py", name))
+def show(session: nox.Session, example: str, program: str) -> None:
+    """Run an example's program for somebody to see."""
+    with installing(session):
+        session.install(".", *group("newest", example))
+        install_model(session)
+    session.env["PYTHONPATH"] = str(NUMPY)
+    hand_over(session, f"docs/examples/{example}/{program}")
 
 
 @contextmanager
@@ -190,10 +166,19 @@ def run_tests(
 @nox.session
 def demo(session: nox.Session) -> None:
     """Chat with a small model, on the CPU."""
-    with installing(session):
-        session.install(".", *group("newest", "engines"))
-        install_model(session)
-    hand_over(session, "docs/examples/demo.py")
+    show(session, "demo", "demo.py")
+
+
+@nox.session
+def server(session: nox.Session) -> None:
+    """Serve a small model, on the CPU, over OpenAI's chat protocol."""
+    show(session, "server", "server.py")
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Chat on a cluster of two actors that are killed meanwhile, with a small model, on the CPU."""
+    show(session, "ray", "ray_demo.py")
 
 
 @nox.session
@@ -219,54 +204,20 @@ def kit(session: nox.Session) -> None:
 
 
 @nox.session
-def engines(session: nox.Session) -> None:
-    """Test the package with real engines and a real model."""
-    session.install(".", *group("newest", "tests", "engines", "nox"))
-    install_model(session)
-    session.run("python", "-m", "pytest", "tests/engines", *ignored("test_*.py"), *session.posargs)
-
-
-@nox.session
-@nox.parametrize("name", ENGINES, ids=ENGINES)
-def engine(session: nox.Session, name: str) -> None:
-    """Test, run and type-check an engine over somebody else's library, as it is published."""
-    if name == "transformers":
-        session.install(*group("torch"))
-    if name == "llama_cpp":
-        install_model(session)
-        session.env["CMAKE_ARGS"] = "-DGGML_NATIVE=OFF"  # it's built from source
-    session.install(*group(name))
-    check_library(session, name)
-    if name == "transformers":  # whose `crop` means something else in the version before
+@nox.parametrize("folder", ENGINES, ids=[folder.name for folder in ENGINES])
+def engine(session: nox.Session, folder: Path) -> None:
+    """Test, run and type-check an engine, as it is published."""
+    check_folder(session, folder)
+    if folder.name == "transformers":  # whose `crop` means something else in the version before
         session.install(*group("transformers_4"))
-        session.run("python", "-m", "pytest", "tests/engines/test_transformers.py")
+        session.run("python", "-m", "pytest", f"{folder}/test_transformers.py")
 
 
 @nox.session
-@nox.parametrize("name", EXAMPLES, ids=EXAMPLES)
-def example(session: nox.Session, name: str) -> None:
-    """Test, run and type-check an example over somebody else's library, as it is published."""
-    install_model(session)
-    session.install(*group(name, "nox"))
-    check_library(session, name)
-
-
-@nox.session
-def server(session: nox.Session) -> None:
-    """Serve a small model, on the CPU, over OpenAI's chat protocol."""
-    with installing(session):
-        session.install(".", *group("newest", "server"))
-        install_model(session)
-    hand_over(session, "docs/examples/server.py")
-
-
-@nox.session
-def ray(session: nox.Session) -> None:
-    """Chat on a cluster of two actors that are killed meanwhile, with a small model, on the CPU."""
-    with installing(session):
-        session.install(".", *group("newest", "ray"))
-        install_model(session)
-    hand_over(session, "docs/examples/ray_demo.py")
+@nox.parametrize("folder", EXAMPLES, ids=[folder.name for folder in EXAMPLES])
+def example(session: nox.Session, folder: Path) -> None:
+    """Test, run and type-check an example, as it is published."""
+    check_folder(session, folder)
 
 
 @nox.session(python=["3.11", "3.13"])
@@ -286,11 +237,11 @@ def comparison(session: nox.Session) -> None:
     threads = dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"], "1")
     session.run(
         *("python", "-m", "tests.benchmarks.comparison", *session.posargs),
-        env={"PYTHONPATH": "docs/engines", **threads},
+        env={"PYTHONPATH": str(NUMPY), **threads},
     )
     modules = [str(path) for path in sorted(Path("tests/benchmarks/comparison").glob("*.py"))]
     session.run("mypy", *modules)
-    session.run("pyright", "-p", "pyright-libraries.json", *modules)
+    session.run("pyright", *modules)
 
 
 CHECKERS = {
@@ -339,10 +290,10 @@ def docs(session: nox.Session) -> None:
     html = f"{session.create_tmp()}/html"
     session.run("sphinx-build", "-E", "-n", "-W", "--keep-going", "docs", html)
     session.run("python", "-m", "pytest", "tests/docs", env={"BUILT_SITE": html})
+    others = {"_build", "engines", "examples"}  # generated, or run by `check_folder`
     found = [*Path().glob("*.md"), *Path("docs").glob("**/*.md")]
-    pages = {page.as_posix() for page in found if "_build" not in page.parts}
-    pages -= set(files("*.md", *LIBRARIES))
-    session.run("python", "-m", "pytest", "-p", "docs.samples", *sorted(pages), "src")
+    pages = sorted(str(page) for page in found if others.isdisjoint(page.parts))
+    session.run("python", "-m", "pytest", "-p", "docs.samples", *pages, "src")
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""What all engines have in common."""
+"""What the tests of all engines and examples have in common."""
 
 import os
 

@@ -67,15 +67,6 @@ def test_ci_runs_every_session() -> None:
         assert set(sessions) - NOT_IN_CI <= set(re.findall(r"\w+", "\n".join(commands)))
 
 
-def test_every_library_has_a_session() -> None:
-    """What needs a library of its own, and is left out elsewhere, is run and checked by a session that has it."""
-    libraries = read("noxfile.py").partition("\nLIBRARIES = {")[2].partition("\n}")[0]
-    sessions = re.findall(r"^(?:ENGINES|EXAMPLES) = (\[.*\])$", read("noxfile.py"), re.MULTILINE)
-    assert len(sessions) == 2
-    names = [name for line in sessions for name in re.findall(r"\w+", line)]
-    assert sorted(names) == sorted(re.findall(r'"(\w+)": \[', libraries))
-
-
 def test_workflow_is_ci_and_pinned() -> None:
     """GitHub runs what everybody runs, on every Python; actions are pinned to commits, as tags can be moved."""
     workflow = read(".github/workflows/ci.yml")

@@ -98,7 +98,7 @@ def test_paths_of_pages_are_links(page: str) -> None:
     assert not re.search(r">docs/[\w/-]+\.md<", read(page))
     if page == "index":
         article = read(page).partition("<article")[2]
-        assert 'href="engines/llama_cpp.html">llama.cpp</a>' in article
+        assert 'href="engines/llama_cpp/index.html">llama.cpp</a>' in article
 
 
 def test_names_are_linked() -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.engines.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, decode, look
+from tests.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, decode, look
 
 import jax_engine
 from inference_session import Session

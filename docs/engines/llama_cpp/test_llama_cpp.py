@@ -20,15 +20,7 @@ from pathlib import Path
 import llama_cpp as L  # noqa: N812
 import numpy as np
 import pytest
-from tests.engines.gguf_models import (
-    WINDOW,
-    write_gemma,
-    write_jamba,
-    write_lfm2,
-    write_llama,
-    write_mamba,
-)
-from tests.engines.serving import (
+from tests.serving import (
     OTHER,
     PROMPT,
     PROMPTS,
@@ -40,6 +32,14 @@ from tests.engines.serving import (
 )
 
 import smollm2
+from gguf_models import (
+    WINDOW,
+    write_gemma,
+    write_jamba,
+    write_lfm2,
+    write_llama,
+    write_mamba,
+)
 from inference_session import Session
 from inference_session.engine import TORN
 from inference_session.exceptions import (

@@ -24,7 +24,7 @@ import pytest
 from mlx_lm.models import falcon_h1, lfm2, llama4, mamba2, qwen3_next
 from mlx_lm.models.cache import ConcatenateKVCache, QuantizedKVCache, trim_prompt_cache
 from mlx_lm.models.llama import Model, TransformerBlock
-from tests.engines.serving import (
+from tests.serving import (
     OTHER,
     PROMPT,
     PROMPTS,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.engines.serving import OTHER, PROMPT, PROMPTS, VOCAB_SIZE, Serving, answer, decode, look
+from tests.serving import OTHER, PROMPT, PROMPTS, VOCAB_SIZE, Serving, answer, decode, look
 
 from inference_session import Session
 from inference_session.exceptions import SessionBusyError, SessionClosedError

@@ -1,6 +1,6 @@
 """The fate of a KV cache kept for later: first without a session, then with one.
 
-python docs/why/copied.py
+python docs/engines/transformers/copied.py
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
 
 import torch
 from transformers import DynamicCache

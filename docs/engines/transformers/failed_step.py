@@ -1,20 +1,15 @@
 """The fate of a KV cache when a step fails half-way: without a session, then with one.
 
-python docs/why/failed_step.py
+python docs/engines/transformers/failed_step.py
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import cast
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
 
 import torch
 from transformers import DynamicCache

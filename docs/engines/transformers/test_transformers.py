@@ -18,7 +18,7 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from tests.engines.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, decode, look
+from tests.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, decode, look
 from transformers import (
     AutoModelForCausalLM,
     Cache,

@@ -1,21 +1,16 @@
 """The fate of a KV cache stepped by two threads at once: without a session, then with one.
 
-python docs/why/two_threads.py
+python docs/engines/transformers/two_threads.py
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any, cast
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
 
 import torch
 from transformers import DynamicCache

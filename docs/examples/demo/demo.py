@@ -12,14 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
 
 if TYPE_CHECKING:
     from io import TextIOWrapper

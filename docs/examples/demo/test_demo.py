@@ -23,7 +23,7 @@ from smollm2 import ChatTokenizer, Message
 from tour import Tour
 
 
-DEMO = str(Path(__file__).parents[2] / "docs" / "examples" / "demo.py")
+DEMO = str(Path(__file__).with_name("demo.py"))
 CLAIMS = 16
 
 

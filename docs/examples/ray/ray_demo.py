@@ -15,12 +15,8 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import takewhile
-from pathlib import Path
 from typing import cast
 from uuid import UUID, uuid4
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
 
 import ray
 

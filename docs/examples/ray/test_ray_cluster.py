@@ -39,7 +39,7 @@ from ray_cluster import ATTEMPTS, Actor, Cluster, EngineActor, kill
 from ray_demo import start_ray
 
 
-DEMO = Path(__file__).parents[2] / "docs" / "examples" / "ray_demo.py"
+DEMO = Path(__file__).with_name("ray_demo.py")
 SENTENCE = "send session.id instead, or feed the same tokens to a new session"
 PROMPT = [random.Random(7).randrange(128) for _ in range(40)]
 OTHER = [random.Random(8).randrange(128) for _ in range(23)]

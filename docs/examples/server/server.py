@@ -16,7 +16,6 @@ import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
 from http import HTTPStatus
-from pathlib import Path
 from socket import socket
 from threading import Lock
 from types import FrameType
@@ -31,10 +30,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # NumPy reads it once; steps have threads enough.
+# NumPy reads it once; steps have threads enough.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import openai_chat as protocol
 from inference_session import Session, SessionRegistry

@@ -315,7 +315,7 @@ def test_real_async_stream(real: Running) -> None:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_real_curl(real: Running) -> None:
     """What the page says to type into a shell does what it says."""
-    page = Path(server.__file__).with_suffix(".md").read_text("utf-8")
+    page = Path(server.__file__).with_name("index.md").read_text("utf-8")
     (command,) = re.findall(r"^```sh\n(curl .*?)^```$", page, re.DOTALL | re.MULTILINE)
     assert "127.0.0.1:8000" in command
     shell = command.replace(":8000", f":{real.port}").replace("curl ", "curl -sS ", 1)

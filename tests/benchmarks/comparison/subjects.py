@@ -74,7 +74,7 @@ def _numpy(model: Any) -> Subject:
 
 def transformers_random() -> Subject:
     """Return the engine over transformers with a random model."""
-    from transformers_engine import random_llama
+    from docs.engines.transformers.transformers_engine import random_llama
 
     model = random_llama(0, vocab_size=VOCABULARY)
     model.config.max_position_embeddings = CONTEXT
@@ -84,9 +84,8 @@ def transformers_random() -> Subject:
 def transformers(model: Any) -> Subject:
     """Return the engine over transformers with a Llama of theirs."""
     import torch
+    from docs.engines.transformers.transformers_engine import TransformersEngine
     from transformers import LlamaForCausalLM
-
-    from transformers_engine import TransformersEngine
 
     torch.set_num_threads(1)
 
@@ -104,8 +103,8 @@ def transformers(model: Any) -> Subject:
 def llama_cpp_smollm2() -> Subject:
     """Return the engine over llama.cpp with a trained model."""
     import llama_cpp
+    from docs.engines.llama_cpp.llama_cpp_engine import LlamaContext, LlamaCppEngine
 
-    from llama_cpp_engine import LlamaContext, LlamaCppEngine
     from smollm2 import find_weights
 
     context = LlamaContext(find_weights(), n_threads=1)
@@ -120,7 +119,7 @@ def llama_cpp_smollm2() -> Subject:
 
 def mlx_random() -> Subject:
     """Return the engine over MLX with a random model."""
-    from mlx_engine import random_model
+    from docs.engines.mlx.mlx_engine import random_model
 
     return mlx(random_model(0, vocab_size=VOCABULARY))
 
@@ -128,9 +127,8 @@ def mlx_random() -> Subject:
 def mlx(model: Any) -> Subject:
     """Return the engine over MLX with a Llama of mlx-lm."""
     import mlx.core as mx
+    from docs.engines.mlx.mlx_engine import MLXEngine
     from mlx_lm.models.llama import Model
-
-    from mlx_engine import MLXEngine
 
     engine = MLXEngine(model)
 
