@@ -36,7 +36,7 @@ LOWEST = [bound.replace(">=", "==") for bound in PYPROJECT["project"]["dependenc
 # tests, and a dependency group of the same name.
 ENGINES = sorted(Path("docs/engines").glob("[a-z]*/"))
 EXAMPLES = sorted(Path("docs/examples").glob("[a-z]*/"))
-NUMPY = Path("docs/engines/numpy").resolve()  # imported by the examples
+NUMPY = Path("docs/engines/numpy")  # imported by the examples
 
 
 def group(*names: str) -> tuple[str, ...]:
@@ -85,6 +85,11 @@ def hand_over(session: nox.Session, program: str) -> None:
     os.execve(python, [python, program, *session.posargs], given)  # noqa: S606
 
 
+def search_path(*folders: Path) -> dict[str, str]:
+    """Let programs import modules from folders, as if these had been copied next to them."""
+    return {"PYTHONPATH": os.pathsep.join(str(folder.resolve()) for folder in folders)}
+
+
 def check_folder(session: nox.Session, folder: Path) -> None:
     """Test, run and type-check an engine or an example, with the libraries that it needs."""
     tests = sorted(folder.glob("test_*.py"))
@@ -99,8 +104,10 @@ def check_folder(session: nox.Session, folder: Path) -> None:
     session.env["CMAKE_ARGS"] = "-DGGML_NATIVE=OFF"  # for llama.cpp, which is built from source
     tools = ["newest", "tests", "samples", "nox", "checkers"]
     session.install(".", *group(folder.name, *tools))
-    session.env["PYTHONPATH"] = os.pathsep.join(map(str, [folder.resolve(), NUMPY]))
-    session.run("python", "-m", "pytest", "-p", "docs.samples", str(folder), *session.posargs)
+    session.run(
+        *("python", "-m", "pytest", "-p", "docs.samples", str(folder), *session.posargs),
+        env=search_path(folder, NUMPY),
+    )
     session.run("mypy", *map(str, modules + tests), env={"MYPYPATH": str(folder)})
     session.run("pyright", *map(str, modules + tests))
 
@@ -110,7 +117,7 @@ def show(session: nox.Session, example: str, program: str) -> None:
     with installing(session):
         session.install(".", *group("newest", example))
         install_model(session)
-    session.env["PYTHONPATH"] = str(NUMPY)
+    session.env.update(search_path(NUMPY))
     hand_over(session, f"docs/examples/{example}/{program}")
 
 
@@ -210,7 +217,9 @@ def engine(session: nox.Session, folder: Path) -> None:
     check_folder(session, folder)
     if folder.name == "transformers":  # whose `crop` means something else in the version before
         session.install(*group("transformers_4"))
-        session.run("python", "-m", "pytest", f"{folder}/test_transformers.py")
+        session.run(
+            "python", "-m", "pytest", f"{folder}/test_transformers.py", env=search_path(folder)
+        )
 
 
 @nox.session
@@ -237,7 +246,7 @@ def comparison(session: nox.Session) -> None:
     threads = dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"], "1")
     session.run(
         *("python", "-m", "tests.benchmarks.comparison", *session.posargs),
-        env={"PYTHONPATH": str(NUMPY), **threads},
+        env={**search_path(NUMPY), **threads},
     )
     modules = [str(path) for path in sorted(Path("tests/benchmarks/comparison").glob("*.py"))]
     session.run("mypy", *modules)
@@ -288,6 +297,7 @@ def docs(session: nox.Session) -> None:
     """Build the documentation, check it, and run the samples in it, in README.md and in docstrings."""
     session.install(".", *group("docs"))
     html = f"{session.create_tmp()}/html"
+    shutil.rmtree(html, ignore_errors=True)  # it may have pages that are gone meanwhile
     session.run("sphinx-build", "-E", "-n", "-W", "--keep-going", "docs", html)
     session.run("python", "-m", "pytest", "tests/docs", env={"BUILT_SITE": html})
     others = {"_build", "engines", "examples"}  # generated, or run by `check_folder`
