@@ -9,6 +9,8 @@ from uuid import UUID, uuid4
 
 import pytest
 from tests.caches import ERRORS, Cache, Fault, Memory, look, prepare
+from tests.interrupts import Interrupter
+from tests.tracked_engines import Mutable
 
 from inference_session import Session
 from inference_session.engine import Slot, StateSlots
@@ -183,7 +185,7 @@ def test_lengths_that_are_not_there(
             state.branch(length)
         with pytest.raises(TypeError):
             state.branch(cast("int", 1.5))
-        with pytest.raises(TypeError, match="must be a uuid.UUID, got 'str'"):
+        with pytest.raises(TypeError, match=r"must be a uuid\.UUID, got 'str'"):
             state.branch(id=cast("UUID", "x"))
     assert len(memory.caches) == 1
 
@@ -214,7 +216,7 @@ def test_share_covers_too_much(session: Session, slots: StateSlots[Cache], memor
     prepare(slots, memory, session, 1, 2, 3)
     memory.fail(Fault("share", "too long"))
     with slots.borrow(session) as state:
-        with pytest.raises(StateMismatchError, match="^share: .* at most 2 tokens") as caught:
+        with pytest.raises(StateMismatchError, match=r"^share: .* at most 2 tokens") as caught:
             state.branch()
         assert (caught.value.expected, caught.value.actual) == (2, 3)
     assert [cache.released for cache in memory.caches] == [0, 1]
@@ -228,7 +230,7 @@ def test_share_returns_what_it_was_given(
     memory.fail(Fault("share", "untouched"))
     with (
         slots.borrow(session) as state,
-        pytest.raises(ValueError, match="^share must return anoth"),
+        pytest.raises(ValueError, match=r"^share must return another"),
     ):
         state.branch()
     assert [cache.released for cache in memory.caches] == [0]
@@ -267,6 +269,35 @@ def test_straggler(session: Session, slots: StateSlots[Cache], memory: Memory) -
     with pytest.raises(BorrowExpiredError):
         state.branch()
     assert [cache.released for cache in memory.caches] == [0, 1]
+
+
+def test_interrupts(interrupter: Interrupter) -> None:
+    """Wherever an interrupt comes, the parent is as it was, and the branch is whole or nowhere."""
+    engine, point, whole = Mutable(truncates=True, pool=200), 0, 0
+    while True:
+        point += 1
+        session, children = Session(), list[Session]()
+        with engine.slots.borrow(session) as state:
+            state.append([1, 2, 3])
+            engine.feed(state, 3)
+
+        def branch(session: Session = session, children: list[Session] = children) -> None:
+            with engine.slots.borrow(session) as state:
+                children.append(state.branch())
+
+        error = interrupter.run(branch, point)
+        with engine.slots.borrow(session) as state:
+            assert (state.kv_cache, state.pending) == ([1, 2, 3], [])
+        for child in children:
+            whole += 1
+            with engine.slots.borrow(child) as state:
+                assert (state.kv_cache, state.pending) == ([1, 2], [3])
+            child.close()
+        session.close()
+        if error is None:
+            break
+    assert point > whole > 1
+    engine.books.check()
 
 
 def test_dropped(session: Session, slots: StateSlots[Cache], memory: Memory) -> None:

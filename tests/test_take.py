@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 from tests.caches import Cache, Memory, look, prepare
+from tests.interrupts import Interrupter
+from tests.tracked_engines import Mutable, MutableCache
 
 from inference_session import Session
 from inference_session.engine import BorrowedState, StateSlots
@@ -64,6 +66,32 @@ def test_take_what_replaced_the_savepoint_s(session: Session) -> None:
     memory.release(taken[0])
     session.close()
     memory.check_all_released()
+
+
+def test_interrupts(interrupter: Interrupter) -> None:
+    """Wherever an interrupt comes, the cache is the session's or the caller's, and never lost."""
+    engine, point, mine = Mutable(truncates=True, pool=200), 0, 0
+    while True:
+        point += 1
+        session, taken = Session(), list[MutableCache]()
+        with engine.slots.borrow(session) as state:
+            state.append([1, 2])
+            engine.feed(state, 2)
+
+        def take(session: Session = session, taken: list[MutableCache] = taken) -> None:
+            with engine.slots.borrow(session) as state:
+                taken.append(state.take_kv_cache())
+
+        error = interrupter.run(take, point)
+        with engine.slots.borrow(session) as state:
+            assert (len(taken), state.kv_length) in {(0, 2), (1, 0)}
+        mine += len(taken)
+        engine.books.released.extend(taken)
+        session.close()
+        if error is None:
+            break
+    assert point > mine > 1
+    engine.books.check()
 
 
 def test_put_back(session: Session, slots: StateSlots[Cache], memory: Memory) -> None:

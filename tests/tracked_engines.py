@@ -46,8 +46,15 @@ class Mutable:
             create=self.books.left.pop,
             length=len,
             truncate=self.truncate if truncates else None,
+            share=self.share,
             release=self.books.released.append,
         )
+
+    def share(self, cache: MutableCache, length: int) -> MutableCache:
+        """Copy the first tokens."""
+        shared = MutableCache(cache[:length])
+        self.books.made[END:] = (shared,)
+        return shared
 
     @staticmethod
     def truncate(cache: MutableCache, length: int) -> MutableCache:
