@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import assert_type
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,9 @@ def test_methods_are_typed(state: BorrowedState[bytes]) -> None:
     assert_type(state.chunks(512), Iterator[list[int]])
     for part in state.chunks(512, keep=0):
         state.advance(len(part))
+    assert_type(state.take_kv_cache(), bytes)
+    assert_type(state.branch(), Session)
+    assert_type(state.branch(3, id=uuid4()), Session)
 
 
 def test_kv_cache_can_be_set(state: BorrowedState[bytes]) -> None:

@@ -37,6 +37,9 @@ def test_members_are_typed(registry: SessionRegistry, id: UUID) -> None:  # noqa
     assert_type(iter(registry), Iterator[UUID])
     assert_type(list(registry), list[UUID])
     assert_type(registry.close_idle(), int)
+    assert_type(registry.values(), list[Session])
+    add: Callable[[Session], None] = registry.add
+    add(Session())
     close: Callable[[UUID], None] = registry.close
     close(id)
     close_all: Callable[[], None] = registry.close
@@ -72,10 +75,11 @@ def test_ids_are_uuids(registry: SessionRegistry, session: Session) -> None:
     registry.open("str")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
     registry["str"]  # type: ignore[index]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
     registry.get("str")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    registry.add(session.id)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
     registry.close(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
-def test_sessions_come_by_open_alone(registry: SessionRegistry, session: Session) -> None:
+def test_sessions_come_by_methods_alone(registry: SessionRegistry, session: Session) -> None:
     """Nothing is put into a registry, or deleted from it, as from a dict."""
     registry[session.id] = session  # type: ignore[index]  # pyright: ignore[reportIndexIssue]  # ty: ignore[invalid-assignment]
     del registry[session.id]  # type: ignore[attr-defined]  # pyright: ignore[reportIndexIssue]  # ty: ignore[not-subscriptable]

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Self, assert_type
+from pathlib import Path
+from typing import BinaryIO, Self, assert_type
 
 from attrs import define, field, frozen
 
@@ -27,6 +28,16 @@ class Cache:
     def free(self) -> None:
         """Return nothing."""
         self.rows.clear()
+
+
+def dump_cache(cache: Cache, file: BinaryIO) -> None:
+    """Write a cache."""
+    file.write(bytes(cache.rows))
+
+
+def load_cache(file: BinaryIO) -> Cache:
+    """Read a cache."""
+    return Cache([*file.read()])
 
 
 @frozen
@@ -73,6 +84,9 @@ def test_functions() -> None:
         create=make_cache,
         length=cache_length,
         truncate=cut_cache,
+        share=cut_cache,
+        dump=dump_cache,
+        load=load_cache,
         release=print,
         nbytes=cache_length,
     )
@@ -172,6 +186,24 @@ def test_evict(slots: StateSlots[Cache], session: Session) -> None:
     evict(session)
 
 
+def test_save_and_restore(slots: StateSlots[Cache], session: Session, path: Path) -> None:
+    """A path is text or a `Path`; a session comes back."""
+    save: Callable[[Session, str], None] = slots.save
+    save(session, "file")
+    slots.save(session, path, move=True)
+    assert_type(slots.restore(path), Session)
+    assert_type(slots.restore("file", take=True), Session)
+
+
+def test_files_are_paths_and_options_are_named(slots: StateSlots[Cache], session: Session) -> None:
+    """An open file can't be replaced as a whole, and a bare `True` says nothing."""
+    with Path("file").open("wb") as file:
+        slots.save(session, file)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    slots.save(session, "file", True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[too-many-positional-arguments]  # noqa: FBT003
+    slots.restore("file", True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # ty: ignore[too-many-positional-arguments]  # noqa: FBT003
+    slots.save("file", session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+
+
 def test_wrong_create() -> None:
     """A `create` that wants arguments, or isn't a function, is refused."""
     StateSlots(create=cache_length, length=int)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
@@ -190,6 +222,17 @@ def test_wrong_truncate() -> None:
     """A `truncate` of something else, or that doesn't return a cache, is refused."""
     StateSlots(create=make_cache, length=len, truncate=cut_frozen)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
     StateSlots(create=make_cache, length=len, truncate=Cache.free)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+
+
+def test_wrong_share() -> None:
+    """A `share` of something else is refused."""
+    StateSlots(create=make_cache, length=len, share=cut_frozen)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+
+
+def test_wrong_dump_and_load() -> None:
+    """A `load` of something else, or both of text files, are refused."""
+    StateSlots(create=FrozenCache, length=frozen_length, dump=print, load=load_cache)  # type: ignore[misc]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
+    StateSlots(create=make_cache, length=len, dump=load_cache, load=load_cache)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # ty: ignore[invalid-argument-type]
 
 
 def test_wrong_release() -> None:
