@@ -7,32 +7,25 @@ what the results give. `--render` writes the page from results that are there.
 import argparse
 import json
 import os
-import re
 import sys
-from math import isclose
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from tests.benchmarks.comparison import page, plots
-from tests.benchmarks.comparison.records import alone, circumstances, measured
+from tests.benchmarks.comparison import bookkeeping, memory, page, prefix, recovery
+from tests.benchmarks.comparison.records import Record, alone, circumstances
 
 
 DOCS = Path(__file__).parents[3] / "docs"
-RESULTS = DOCS / "comparison"
-NUMBER = re.compile(r"\d+\.\d+")
+PAGE, RESULTS = DOCS / "comparison.md", DOCS / "comparison.json"
 
-MEASUREMENTS = ("bookkeeping", "prefix", "growth", "memory", "recovery")
-DISTRIBUTIONS = (
-    "attrs",
-    "jax",
-    "llama-cpp-python",
-    "mlx",
-    "mlx-lm",
-    "numpy",
-    "torch",
-    "transformers",
-)
+MEASUREMENTS = {
+    "bookkeeping": bookkeeping.MEASUREMENT,
+    "prefix": prefix.MEASUREMENT,
+    "memory": memory.MEASUREMENT,
+    "recovery": recovery.MEASUREMENT,
+}
 
 
 def main() -> None:
@@ -41,65 +34,51 @@ def main() -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--quick", action="store_true", help="measure less, and write nothing")
     how.add_argument("--render", action="store_true", help="only write the page anew")
-    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS)
     options = parser.parse_args()
 
     if options.quick:
-        results = {name: result(name, quick=True) for name in options.only}
-        report = page.render(results, quick=True)
-        stale = [
-            path for path, text in rendered().items() if not same(path.read_text("utf-8"), text)
-        ]
-        failed = [*report.failed, *(f"{path.name} is not what the results give" for path in stale)]
+        failed = false_claims(measure(quick=True), quick=True)
+        if PAGE.read_text("utf-8") != page.render(MEASUREMENTS, stored()):
+            failed.append(f"{PAGE.name} is what {RESULTS.name} gives")
     else:
         if not options.render:
-            for name in options.only:
-                text = json.dumps(result(name, quick=False), indent=1) + "\n"
-                (RESULTS / f"{name}.json").write_text(text, "utf-8")
-        for path, text in rendered().items():
-            path.write_text(text, "utf-8")
-        failed = page.render(stored()).failed
+            results = {"made_by": circumstances(), "records": measure(quick=False)}
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        PAGE.write_text(page.render(MEASUREMENTS, stored()), "utf-8")
+        failed = false_claims(stored()["records"], quick=False)
     for claim in failed:
         sys.stderr.write(f"DOES NOT HOLD: {claim}\n")
     sys.exit(bool(failed))
 
 
-def result(name: str, *, quick: bool) -> dict[str, Any]:
-    """Measure, and return the records with all that made them."""
-    start = perf_counter()
-    records = alone(measured, name, quick)
-    sys.stderr.write(f"{name}: {len(records)} figures in {perf_counter() - start:.0f} s\n")
-    return {"made_by": circumstances(*DISTRIBUTIONS), "records": records}
+def measure(*, quick: bool) -> dict[str, list[Record]]:
+    """Return the records of each measurement."""
+    records: dict[str, list[Record]] = {}
+    for name, measurement in MEASUREMENTS.items():
+        start = perf_counter()
+        records[name] = [*alone(partial(measurement.measure, quick=quick))]
+        sys.stderr.write(f"{name}: {perf_counter() - start:.0f} s\n")
+    return records
 
 
 def stored() -> dict[str, Any]:
     """Return the results of the last full run."""
-    return {
-        name: json.loads((RESULTS / f"{name}.json").read_text("utf-8")) for name in MEASUREMENTS
-    }
+    results: dict[str, Any] = json.loads(RESULTS.read_text("utf-8"))
+    return results
 
 
-def same(one: str, other: str) -> bool:
-    """Whether two texts are the same but for the last digits of numbers, in which processors differ."""
-    numbers = zip(NUMBER.findall(one), NUMBER.findall(other), strict=False)
-    return NUMBER.sub("", one) == NUMBER.sub("", other) and all(
-        isclose(float(left), float(right), abs_tol=1e-4) for left, right in numbers
-    )
-
-
-def rendered() -> dict[Path, str]:
-    """Return the page and its plots, by path."""
-    results = stored()
-    drawn = {
-        RESULTS / f"{name}-{mode}.svg": svg
-        for name in MEASUREMENTS
-        for mode, svg in plots.draw(name, results[name]["records"]).items()
-    }
-    return {DOCS / "comparison.md": page.render(results).text, **drawn}
+def false_claims(records: dict[str, list[Record]], *, quick: bool) -> list[str]:
+    """Return what doesn't hold; a short run need not show all that a full one does."""
+    return [
+        claim.text
+        for name, measurement in MEASUREMENTS.items()
+        for claim in measurement.claims(records[name])
+        if not claim.holds and (claim.always or not quick)
+    ]
 
 
 if __name__ == "__main__":
-    # One thread each, of every library: what is compared is no scheduling.
+    # One thread each, of every library: scheduling isn't compared.
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
     main()

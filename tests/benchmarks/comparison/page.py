@@ -1,89 +1,92 @@
-"""The page, from the results."""
+"""The page, from the records: its text is the measurements' docstrings, claims and tables."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from attrs import field, frozen
-from tests.benchmarks.comparison.sections import SECTIONS, Section
-
-
-@frozen
-class Report:
-    """The page, and what of it is not true."""
-
-    text: str
-    failed: list[str] = field(factory=list[str])
+from attrs import frozen
+from tests.benchmarks.comparison.records import Record
 
 
 HEAD = """# Measured comparisons
 
-% Written by tests/benchmarks/comparison from the results in docs/comparison/: change those, not this.
+% Written by tests/benchmarks/comparison from the results in comparison.json: change those, not this.
 
 :::{warning}
 Read this first.
 
-- The figures are of one machine, named below each, and a small one: seconds will be others elsewhere. Ratios carry
-  over better, and are taken in one run, of rounds that take turns, so that other load meets all alike.
-- The models are small, or tiny with random weights, and run on a CPU. What a session adds to a step is seconds, not a
+- The figures are of one small machine, named at the end: seconds will be others elsewhere. Ratios carry over better.
+  They are taken in one run, of rounds that take turns, so that other load affects all alike.
+- The models are small, or tiny with random weights, and run on a CPU. A session adds an amount of time to a step, not a
   share: the larger the model, the smaller the share.
-- The peers do other things besides, that a session doesn't: mlx-lm's trie searches many conversations at once,
-  where a session looks at its own only. What is compared is the path that one conversation takes through their code.
-- Who wrote the library chose what to measure. Each measurement is a short module in `tests/benchmarks/comparison/`,
-  with the reasons in it.
-- Every sentence with a number from the results is checked when the page is written, and `nox` fails if it doesn't
-  hold.
+- The peers do more than a session does: mlx-lm's trie searches many conversations at once, a session its own only.
+  The path of one conversation through their code is compared.
+- The library's authors chose the measurements. Each is a short module in `tests/benchmarks/comparison/`.
+- Every statement below with a number is checked when the page is written, and `nox` fails if it doesn't hold.
 :::
 
-All of it is made again, page and plots included, by one command:
+One command makes all of it again:
 
 ```sh
-{command}
+python -m nox -s comparison
 ```
 """
 
 
-def render(results: Mapping[str, Any], *, quick: bool = False) -> Report:
-    """Return the page; a short run need not show all that a full one does."""
-    sections = {name: SECTIONS[name](result["records"]) for name, result in results.items()}
-    command = next(iter(results.values()))["made_by"]["command"]
-    text = "\n".join(
-        [
-            HEAD.replace("{command}", command),
-            *(_section(name, section, results[name]) for name, section in sections.items()),
-        ]
-    )
-    failed = [
-        claim.text
-        for section in sections.values()
-        for claim in section.claims
-        if not claim.holds and (claim.always or not quick)
+@frozen
+class Claim:
+    """A statement with the numbers that it is about."""
+
+    text: str
+    holds: bool
+    always: bool = True
+    """Whether it must hold in a short run on a busy machine, too."""
+
+
+@frozen
+class Measurement:
+    """A module that measures something, and its part of the page."""
+
+    description: str | None
+    """Its docstring: a title, and how it is measured."""
+    measure: Callable[..., Sequence[Record]]
+    claims: Callable[[Sequence[Record]], Sequence[Claim]]
+    table: Callable[[Sequence[Record]], str]
+
+    def render(self, records: Sequence[Record]) -> str:
+        """Return its part of the page."""
+        title, _, how = (self.description or "").strip().partition("\n\n")
+        claims = "\n".join(f"- {claim.text}" for claim in self.claims(records))
+        return f"## {title.removesuffix('.')}\n\n{claims}\n\n{self.table(records)}\n\n{how}\n"
+
+
+def render(measurements: Mapping[str, Measurement], results: Mapping[str, Any]) -> str:
+    """Return the page."""
+    parts = [
+        measurement.render(results["records"][name]) for name, measurement in measurements.items()
     ]
-    return Report(text, failed)
+    return "\n".join([HEAD, *parts, f"*Measured on {results['made_by']}.*\n"])
 
 
-def _section(name: str, section: Section, result: Mapping[str, Any]) -> str:
-    made_by = result["made_by"]
-    versions = ", ".join(f"{library} {number}" for library, number in made_by["versions"].items())
-    plots = "\n".join(
-        f"```{{image}} comparison/{name}-{mode}.svg\n:class: only-{mode}\n:alt: {section.question}\n```\n"
-        for mode in ("light", "dark")
-    )
-    claims = "\n".join(f"- {claim.text}" for claim in section.claims)
-    return f"""## {section.title}
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; all columns but the first are numbers."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-{section.question}
 
-{plots}
-{claims}
+def duration(seconds: float) -> str:
+    """Write seconds, to two digits, in a unit that suits them."""
+    rounded = float(f"{seconds:.2g}")
+    for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if rounded >= unit:
+            return f"{rounded / unit:g} {name}"
+    return f"{rounded / 1e-9:g} ns"
 
-{section.how}
 
-<details>
-<summary>All figures</summary>
+def times(ratio: float) -> str:
+    """Write how many times one thing is another."""
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
-{section.table}
 
-</details>
-
-*Made by `{made_by["command"]}` on {made_by["machine"]}, with {made_by["python"]}, {versions}.*
-"""
+def percent(share: float) -> str:
+    """Write a share."""
+    return f"{100 * share:.2g} %"
