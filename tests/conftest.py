@@ -1,6 +1,7 @@
 """What many tests begin with."""
 
 import gc
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -53,3 +54,12 @@ def interrupter() -> Iterator[Interrupter]:
             yield interrupter
     finally:
         gc.enable()
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Switch threads as often as can be."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)

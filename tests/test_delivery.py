@@ -5,18 +5,12 @@ session.
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from tests.processes import run_script
 
-
-DELIVERY: Final = Path(__file__).parent / "scripts" / "delivery.py"
-UNMEASURED: Final = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
-"""For a process in which the callbacks of a coverage tool would be further places of delivery."""
 
 VERSION: Final = sys.version_info[:2]
 
@@ -53,14 +47,7 @@ FACTS: Final = {
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """Have the interpreter looked at, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, DELIVERY],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=UNMEASURED,
-        timeout=110,
-    )
+    done = run_script("delivery", measured=False)
     assert done.returncode == 0, done.stderr
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts

@@ -6,34 +6,16 @@ from typing import cast
 
 import pytest
 from tests.caches import Cache, Memory, look, prepare
+from tests.members import MEMBERS
 
 from inference_session import Session
-from inference_session.engine import BorrowedState, Slot, StateSlots
+from inference_session.engine import BorrowedState, StateSlots
 from inference_session.exceptions import (
     BorrowExpiredError,
 )
 
 
-SLOT = Slot(int)
-USES: dict[str, Callable[[BorrowedState[Cache]], object]] = {
-    "kv_cache": lambda state: state.kv_cache,
-    "kv_cache =": lambda state: setattr(state, "kv_cache", Cache([])),
-    "token_history": lambda state: state.token_history,
-    "kv_length": lambda state: state.kv_length,
-    "pending": lambda state: state.pending,
-    "append": lambda state: state.append([1]),
-    "append nothing": lambda state: state.append([]),
-    "append nonsense": lambda state: state.append(cast("list[int]", None)),
-    "advance": lambda state: state.advance(0),
-    "commit": lambda state: state.commit(),
-    "rewind": lambda state: state.rewind(0),
-    "reuse_prefix": lambda state: state.reuse_prefix([]),
-    "session": lambda state: state.session,
-    "chunks": lambda state: state.chunks(1),
-    "state[slot]": lambda state: state[SLOT],
-    "state[slot] =": lambda state: state.__setitem__(SLOT, 1),
-}
-USED = pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+USED = pytest.mark.parametrize("use", MEMBERS.values(), ids=MEMBERS.keys())
 
 
 @USED

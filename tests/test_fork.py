@@ -3,7 +3,6 @@
 import gc
 import multiprocessing
 import os
-import subprocess
 import sys
 import sysconfig
 import time
@@ -14,16 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tests.members import MEMBERS
+from tests.processes import run_python, run_script
 
 from inference_session import Session, _fork
-from inference_session.engine import Slot, StateSlots
+from inference_session.engine import StateSlots
 from inference_session.exceptions import SessionBusyError, SessionForkedError
-
-
-SCRIPTS = Path(__file__).parent / "scripts"
-
-UNMEASURED = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
-"""For processes whose interrupts, forks or finalizers would hit the locks of a coverage tool, and hang there."""
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -50,7 +45,6 @@ def new_cache() -> list[int]:
 
 SLOTS = StateSlots(create=new_cache, length=len, truncate=truncate, release=release)
 NO_TRUNCATE = StateSlots(create=new_cache, length=len, release=release)
-SLOT = Slot(int)
 
 
 def step(session: Session, slots: StateSlots[list[int]] = SLOTS) -> None:
@@ -208,30 +202,14 @@ def test_the_members_of_an_inherited_state(session: Session, *, batch: bool) -> 
     borrow = SLOTS.borrow_all([session]) if batch else SLOTS.borrow(session)
     with borrow as entered:
         state = entered[0] if isinstance(entered, list) else entered
-        uses: list[Callable[[], object]] = [
-            lambda: state.kv_cache,
-            lambda: setattr(state, "kv_cache", []),
-            lambda: state.token_history,
-            lambda: state.kv_length,
-            lambda: state.pending,
-            lambda: state.append([7]),
-            lambda: state.append((7, 8)),
-            lambda: state.advance(0),
-            state.commit,
-            lambda: state.rewind(0),
-            lambda: state.reuse_prefix([7, 8]),
-            lambda: state.session,
-            lambda: state.chunks(1),
-            lambda: state[SLOT],
-            lambda: state.__setitem__(SLOT, 1),
-            state.token_history.__len__,
-            lambda: state.token_history[0],
-        ]
+        history = state.token_history
 
         def child() -> None:
-            for use in uses:
+            for use in MEMBERS.values():
                 with pytest.raises(SessionForkedError):
-                    use()
+                    use(state)
+            with pytest.raises(SessionForkedError):
+                len(history)
 
         in_child(child)
         assert (state.token_history, state.kv_cache, state.pending) == ([1, 2], [1, 2], [])
@@ -354,15 +332,11 @@ def test_a_grandchild(session: Session) -> None:
     reason="a fork without a GIL can inherit locks of the interpreter's own, up to 3.13",
 )
 def test_forks_while_other_threads_work() -> None:
-    """Wherever other threads are at the moment of the fork, new sessions in the child work, and nothing hangs."""
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "busy_forks.py"],
-        env=UNMEASURED,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=110,
-    )
+    """Wherever other threads are at the moment of the fork, new sessions in the child work, and nothing hangs.
+
+    The same holds for a registry: the child may use its copy at once.
+    """
+    done = run_script("busy_forks", measured=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "40\n", "")
 
 
@@ -371,13 +345,7 @@ def test_multiprocessing(method: str) -> None:
     """Workers have sessions of their own, however they are started; none can be sent to them."""
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "workers.py", method],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=110,
-    )
+    done = run_script("workers", method)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2", "4", "6", "TypeError"]
 
@@ -385,13 +353,7 @@ def test_multiprocessing(method: str) -> None:
 @needs_fork
 def test_a_child_that_exits_as_usual(tmp_path: Path) -> None:
     """The exit of a child's interpreter releases nothing that it inherited, and says nothing."""
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", SCRIPTS / "forks.py", tmp_path / "released"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=110,
-    )
+    done = run_script("forks", tmp_path / "released", options=("-X", "dev"))
     assert (done.returncode, done.stderr) == (0, "")
     parent = done.stdout.strip()
     assert (tmp_path / "released").read_text().split() == [parent] * 3
@@ -413,14 +375,7 @@ def test_a_child_that_exits_as_usual(tmp_path: Path) -> None:
 )
 def test_hooks_that_are_older_than_the_library(case: str) -> None:
     """A framework whose own fork hook runs first in the child releases nothing there, and is refused as anyone."""
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "earlier_hook.py", case],
-        env=UNMEASURED,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=110,
-    )
+    done = run_script("earlier_hook", case, measured=False)
     assert (done.returncode, done.stderr) == (0, "")
     kept = 3 if case == "in_mid_borrow" else 2
     assert done.stdout.splitlines() == ["in the parent"] * kept
@@ -442,13 +397,7 @@ with Session() as session:
     slots.evict(session)
     print(session.token_count)
 """
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-c", program],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=110,
-    )
+    done = run_python("-X", "dev", "-c", program)
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["1"], "")
 
 

@@ -5,17 +5,15 @@ so on until a scenario runs through undisturbed. The engines keep books of KV ca
 """
 
 import gc
-import os
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import pytest
 from tests.interrupts import Interrupt, Interrupter, interrupt
+from tests.processes import run_script
 from tests.tracked_engines import END, FrozenCache, Functional, Mutable, MutableCache
 
 from inference_session import Session
@@ -24,12 +22,6 @@ from inference_session.exceptions import SessionBusyError, SessionClosedError
 
 
 KV = TypeVar("KV")
-ROOT = Path(__file__).parents[1]
-
-UNMEASURED = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
-"""For processes whose interrupts, forks or finalizers would hit the locks of a coverage tool, and hang there."""
-
-
 COUNT = Slot(int)
 """The number of tokens: a further slot, never to be out of step with the history."""
 
@@ -495,14 +487,5 @@ def test_random_interrupts(source: str, seed: int, count: int) -> None:
     """Many interrupts, by signals or from another thread, leave sessions free and whole, and no KV cache."""
     if source == "signals" and not hasattr(signal, "setitimer"):
         pytest.skip("no interval timers here")
-    command = [sys.executable, "-m", "tests.scripts.random_interrupts"]
-    done = subprocess.run(
-        [*command, source, str(seed), str(count)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=110,
-        env=UNMEASURED,
-        cwd=ROOT,
-    )
+    done = run_script("random_interrupts", source, str(seed), str(count), measured=False)
     assert done.returncode == 0, done.stderr

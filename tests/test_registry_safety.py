@@ -7,15 +7,12 @@ work.
 import gc
 import os
 import random
-import subprocess
 import sys
-import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -35,10 +32,6 @@ from inference_session.exceptions import (
 
 END = sys.maxsize
 IDS = [UUID(int=number) for number in range(6)]
-FORKS = Path(__file__).parent / "scripts" / "registry_forks.py"
-
-UNMEASURED = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
-"""For processes whose interrupts, forks or finalizers would hit the locks of a coverage tool, and hang there."""
 
 
 class Cache(list[int]):
@@ -235,15 +228,6 @@ def test_a_finalizer_that_uses_the_registry() -> None:
 # Threads
 
 
-@pytest.fixture
-def _hasty() -> Iterator[None]:
-    """Switch threads as often as can be."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
-
-
 class Served:
     """What a thread's work came to."""
 
@@ -317,7 +301,7 @@ class ThreadEngine:
                 cache.in_use = False
 
 
-@pytest.mark.usefixtures("_hasty")
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("seed", [1, 2])
 def test_threads(seed: int) -> None:
     """Threads that open, look up, borrow, close and evict at once: no cache is lost, shared or freed twice."""
@@ -366,7 +350,7 @@ def test_threads(seed: int) -> None:
     assert engine.created == engine.released
 
 
-@pytest.mark.usefixtures("_hasty")
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("size", [1, 2])
 def test_room_for_all(size: int) -> None:
     """Where nothing is borrowed there's always room, however many threads make it at once."""
@@ -423,24 +407,6 @@ def test_a_release_that_takes_long() -> None:
 
 
 # Forks
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.skipif(
-    sys.version_info < (3, 14) and bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
-    reason="a fork without a GIL can inherit locks of the interpreter's own, up to 3.13",
-)
-def test_forks_while_other_threads_work() -> None:
-    """A child may use its copy of a busy registry at once: it waits for no lock; inherited sessions are refused."""
-    done = subprocess.run(
-        [sys.executable, FORKS],
-        env=UNMEASURED,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=110,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "40\n", "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -4,9 +4,7 @@ A step is given up (a time-out, a client that has gone), its block ends, and the
 thread that did the step is still at it: in the model, in the caller's iterable, in a function of the engine.
 """
 
-import sys
 import threading
-import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -16,6 +14,7 @@ from typing import Final, Literal, Self, TypeAlias, cast
 import pytest
 from attrs import define, field, frozen
 from tests.caches import Cache, Memory
+from tests.members import MEMBERS
 
 from inference_session import Session, SessionRegistry, _borrow
 from inference_session import _transaction as transaction
@@ -131,7 +130,6 @@ class SlowMemory(Memory):
 
 
 State: TypeAlias = BorrowedState[Cache]
-SLOT = Slot(int)
 
 
 @frozen
@@ -166,25 +164,6 @@ CALLS: Final = (
     Slow("state[slot]", "factory", lambda memory, state: state[memory.slot]),
     Slow("kv_cache setter", "step", lambda memory, state: memory.put(state)),
 )
-
-MEMBERS: Final[dict[str, Callable[[State], object]]] = {
-    "kv_cache": lambda state: state.kv_cache,
-    "kv_cache setter": lambda state: setattr(state, "kv_cache", Cache([6])),
-    "token_history": lambda state: state.token_history,
-    "kv_length": lambda state: state.kv_length,
-    "pending": lambda state: state.pending,
-    "append one": lambda state: state.append([6]),
-    "append": lambda state: state.append([6, 6]),
-    "advance": lambda state: state.advance(0),
-    "commit": lambda state: state.commit(),
-    "rewind": lambda state: state.rewind(0),
-    "reuse_prefix": lambda state: state.reuse_prefix([6]),
-    "session": lambda state: state.session,
-    "chunks": lambda state: state.chunks(1, keep=9),
-    "state[slot]": lambda state: state[SLOT],
-    "state[slot] =": lambda state: state.__setitem__(SLOT, 6),
-}
-"""Every member. None of them could be called without harm in somebody else's borrow."""
 
 
 def everything(session: Session) -> list[object]:
@@ -356,35 +335,6 @@ def test_a_straggler_of_a_session_closed_in_mid_borrow(
     memory.check_all_released()
 
 
-@pytest.mark.parametrize("what", ["idle", "borrowed", "closed"])
-@ends
-@pytest.mark.parametrize("name", MEMBERS)
-def test_a_call_after_the_end(
-    memory: Memory, session: Session, name: str, end: End, what: str
-) -> None:
-    """Refuse every member of a state whose block has ended, whoever has the session now."""
-    slots = memory.slots()
-    with ExitStack() as stack:
-        old = stack.enter_context(slots.borrow(session))
-        memory.step(old, 1, 2, 3)
-        view = old.token_history
-        if end == "failure":
-            stack.__exit__(TimeoutError, TimeoutError(), None)
-    with ExitStack() as stack:
-        if what == "borrowed":
-            memory.step(stack.enter_context(slots.borrow(session)), 7)
-        elif what == "closed":
-            session.close()
-        before = everything(session)
-        with pytest.raises(BorrowExpiredError):
-            MEMBERS[name](old)
-        with pytest.raises(BorrowExpiredError):
-            len(view)
-        with pytest.raises(BorrowExpiredError):
-            list(view)
-        assert everything(session) == before
-
-
 @pytest.mark.parametrize("name", ["rewind", "reuse_prefix"])
 @pytest.mark.parametrize("borrowed", [False, True], ids=["idle", "borrowed"])
 def test_a_straggler_that_releases(name: str, *, borrowed: bool) -> None:
@@ -429,50 +379,9 @@ def test_a_straggler_whose_truncate_fails() -> None:
     memory.check_all_released()
 
 
-ENDINGS: Final[dict[str, Callable[[State, Iterator[int]], object]]] = {
-    "append": lambda state, tokens: state.append(tokens),
-    "reuse_prefix": lambda state, tokens: state.reuse_prefix(tokens),
-}
-
-
-@pytest.mark.parametrize("again", [False, True], ids=["idle", "borrowed again"])
-@ends
-@pytest.mark.parametrize("name", ENDINGS)
-def test_an_iterable_that_ends_the_borrow(
-    memory: Memory, session: Session, name: str, end: End, *, again: bool
-) -> None:
-    """Add nothing where the very iterable of the tokens ends the borrow, in the same thread."""
-    slots = memory.slots()
-    with slots.borrow(session) as state:
-        memory.step(state, 1, 2, 3)
-    stack, following = ExitStack(), ExitStack()
-    state = stack.enter_context(slots.borrow(session))
-    state.append([5])
-
-    def ending() -> Iterator[int]:
-        yield 1
-        error = TimeoutError() if end == "failure" else None
-        stack.__exit__(type(error) if error else None, error, None)
-        if again:
-            memory.step(following.enter_context(slots.borrow(session)), 7)
-        yield 6
-
-    with following:
-        with pytest.raises(BorrowExpiredError):
-            ENDINGS[name](state, ending())
-        history = [1, 2, 3] if end == "failure" else [1, 2, 3, 5]
-        assert session.token_count == len(history)
-    with slots.borrow(session) as state:
-        assert state.token_history == [*history, 7][: len(history) + again]
-
-
-@pytest.mark.parametrize(
-    "slow",
-    [each for each in CALLS if each.place != "iterable"],
-    ids=lambda slow: slow.name + ", " + slow.place,
-)
-def test_a_function_of_the_engine_that_ends_the_borrow(slow: Slow) -> None:
-    """Change nothing more where a function of the engine ends the borrow, and begins another, in the same thread."""
+@slow_calls
+def test_a_call_that_ends_the_borrow(slow: Slow) -> None:
+    """Change nothing more where the engine's or the caller's code ends the borrow and begins another, in one thread."""
     memory = SlowMemory()
     slots = memory.slots()
     stack, following = ExitStack(), ExitStack()
@@ -500,15 +409,6 @@ def test_a_function_of_the_engine_that_ends_the_borrow(slow: Slow) -> None:
         with slots.borrow(session) as state:
             assert state.token_history == [1, 2, 3, 7]
     memory.check_all_released()
-
-
-@pytest.fixture
-def _hasty() -> Iterator[None]:
-    """Switch threads as often as can be."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
 
 
 class Gang:
@@ -561,7 +461,7 @@ def work(memory: Memory, states: list[State], history: list[int], number: int) -
     return history
 
 
-@pytest.mark.usefixtures("_hasty")
+@pytest.mark.usefixtures("hasty")
 @sizes
 def test_many_stragglers(slots: StateSlots[Cache], memory: Memory, size: int) -> None:
     """Keep every borrow whole while threads hammer all members of the states of the blocks before."""
@@ -591,43 +491,6 @@ def test_many_stragglers(slots: StateSlots[Cache], memory: Memory, size: int) ->
     assert min(gang.refused) > 0
     for session in sessions:
         session.close()
-
-
-@pytest.mark.usefixtures("_hasty")
-def test_many_slow_streams(slots: StateSlots[Cache], memory: Memory, session: Session) -> None:
-    """Add nothing of streams that begin in a block, in other threads, and end when another has the session."""
-    ended = 0
-    current: list[tuple[int, State]] = []
-    history: list[int] = []
-
-    def stream(gang: Gang, begun: int) -> Iterator[int]:
-        yield 1000
-        while ended < begun and not gang.done:
-            time.sleep(0)
-        yield 1000
-
-    def append(gang: Gang, place: int) -> None:
-        last = 0
-        while not gang.done:
-            for begun, state in current[-1:]:
-                if begun != last:
-                    last = begun
-                    member = state.append if (begun + place) % 2 else state.reuse_prefix
-                    gang.attempt(place, "a stream", partial(member, stream(gang, begun)))
-
-    number = 0
-    with Gang(append) as gang:
-        while number < 2000 or (min(gang.refused) < 20 and number < 50_000):
-            number += 1
-            with suppress(TimeoutError), slots.borrow(session) as state:
-                current.append((number, state))
-                history = work(memory, [state], history, number)
-                if number % 3 == 0:
-                    raise TimeoutError
-            ended = number
-            assert session.token_count == len(history)
-    assert not gang.wrong
-    assert min(gang.refused) > 0
 
 
 def test_a_commit_in_a_registry() -> None:

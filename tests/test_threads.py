@@ -1,19 +1,16 @@
 """Threads, signal handlers and finalizers that race on sessions: one borrower at a time, and an end for all."""
 
 import gc
-import os
 import signal
-import subprocess
-import sys
 import sysconfig
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import cast
 
 import pytest
+from tests.processes import run_script
 
 from inference_session import Session, _lease
 from inference_session._lease import replace
@@ -21,11 +18,9 @@ from inference_session.engine import BorrowedState, StateSlots
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 
 
-FINALIZERS = Path(__file__).parent / "scripts" / "finalizers.py"
-THREADS = 4
+pytestmark = pytest.mark.usefixtures("hasty")
 
-UNMEASURED = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
-"""For processes whose interrupts, forks or finalizers would hit the locks of a coverage tool, and hang there."""
+THREADS = 4
 
 
 class Cache(list[int]):
@@ -83,15 +78,6 @@ def engine() -> Engine:
     return Engine()
 
 
-@pytest.fixture(autouse=True)
-def _hasty() -> Iterator[None]:
-    """Switch threads as often as can be."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
 def race(*actions: Callable[[], object]) -> list[object]:
     """Let threads begin at the same time, and return what they return."""
     start = threading.Barrier(len(actions))
@@ -131,27 +117,6 @@ def test_one_borrower_at_a_time(engine: Engine) -> None:
     assert all(
         second == first + 1 for first, second in zip(history[::2], history[1::2], strict=True)
     )
-    session.close()
-    engine.check()
-
-
-def test_losers_get_an_error_at_once(engine: Engine) -> None:
-    """While one thread holds a session, every other is refused, and changes nothing."""
-    session = Session()
-
-    def attempt() -> object:
-        with pytest.raises(SessionBusyError), engine.slots.borrow(session):
-            pass
-        with pytest.raises(SessionBusyError):
-            engine.slots.evict(session)
-        return None
-
-    with engine.slots.borrow(session) as state:
-        engine.step(state, [1, 2])
-        race(*[attempt] * THREADS)
-        engine.step(state, [3])
-        assert state.token_history == [1, 2, 3]
-    assert session.token_count == 3
     session.close()
     engine.check()
 
@@ -294,33 +259,6 @@ def test_batches_in_opposite_orders(engine: Engine) -> None:
     engine.check()
 
 
-def test_a_batch_that_fails_to_begin_frees_what_it_took(engine: Engine) -> None:
-    """A batch with one busy session takes none of the others."""
-    first, busy, last = Session(), Session(), Session()
-    with engine.slots.borrow(busy):
-        with (
-            pytest.raises(SessionBusyError) as caught,
-            engine.slots.borrow_all([first, busy, last]),
-        ):
-            pass
-        assert caught.value.session_id == busy.id
-        race(*[lambda session=session: engine.slots.evict(session) for session in (first, last)])
-
-
-def test_a_borrow_handed_to_another_thread(engine: Engine) -> None:
-    """A borrow belongs to no thread: one may begin it, others go on with it, and one more end it."""
-    session = Session()
-    borrow = engine.slots.borrow(session)
-    [state] = cast("list[BorrowedState[Cache]]", race(borrow.__enter__))
-    race(lambda: engine.step(state, [1, 2]))
-    with pytest.raises(SessionBusyError), engine.slots.borrow(session):
-        pass
-    race(lambda: borrow.__exit__(None, None, None))
-    assert session.token_count == 2
-    race(session.close)
-    engine.check()
-
-
 def test_a_thread_that_dies_in_a_borrow(engine: Engine) -> None:
     """A borrow whose thread ended without ending it is undone by the next one."""
     session = Session()
@@ -431,14 +369,7 @@ def test_signal_handlers_that_close(engine: Engine) -> None:
 )
 def test_finalizers_that_close() -> None:
     """A finalizer may close sessions at any instant, whenever the garbage collector chooses to run: no deadlock."""
-    done = subprocess.run(
-        [sys.executable, FINALIZERS],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=UNMEASURED,
-        timeout=110,
-    )
+    done = run_script("finalizers", measured=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20, "the garbage collector did not run"
 

@@ -1,6 +1,6 @@
 """A process forks while its other threads are in the midst of taking, undoing and giving back sessions.
 
-Run by test_fork.py, in a process of its own, whose forks are cheaper than pytest's.
+Some of them are in a registry. Run by test_fork.py, in a process of its own, whose forks are cheaper than pytest's.
 """
 
 import faulthandler
@@ -9,10 +9,11 @@ import sys
 import threading
 import traceback
 import warnings
+from contextlib import suppress
 
-from inference_session import Session
+from inference_session import Session, SessionRegistry
 from inference_session.engine import StateSlots
-from inference_session.exceptions import SessionBusyError, SessionForkedError
+from inference_session.exceptions import SessionBusyError, SessionError, SessionForkedError
 
 
 warnings.simplefilter(
@@ -25,59 +26,70 @@ def new_cache() -> list[int]:
     return []
 
 
-slots = StateSlots(create=new_cache, length=len)
+slots = StateSlots(create=new_cache, length=len, nbytes=len)
 shared = [Session() for _ in range(3)]
+registry = SessionRegistry(max_sessions=4, idle_timeout=3600, max_kv_bytes=6)
 finished = threading.Event()
 
 
 def step(session: Session) -> None:
-    """Add a token."""
+    """Add two tokens."""
     with slots.borrow(session) as state:
-        state.append([1])
+        state.append([1, 2])
         state.kv_cache.extend(state.pending)
         state.advance(len(state.pending))
+
+
+def abandon(session: Session) -> None:
+    """Leave a borrow for others to undo."""
+    slots.borrow(session).__enter__().append([3])
 
 
 def work() -> None:
     """Step sessions, and leave borrows for others to undo."""
     while not finished.is_set():
         for session in shared:
-            try:
+            with suppress(SessionBusyError):
                 step(session)
-                abandoned = slots.borrow(session).__enter__()
-                abandoned.append([2])
-                del abandoned
+                abandon(session)
                 with slots.borrow(session) as state:
                     state.rewind(0)
-            except SessionBusyError:
-                pass
+
+
+def serve() -> None:
+    """Open, look up and step sessions of the registry."""
+    while not finished.is_set():
+        with suppress(SessionError):
+            step(registry.open())
+            for id in registry:  # noqa: A001
+                step(registry[id])
 
 
 def child() -> None:
     """Use new sessions, abandoned ones too, and none of the old ones."""
     faulthandler.dump_traceback_later(60, exit=True)
-    for _ in range(3):
-        mine = Session()
-        step(mine)
-        abandoned = slots.borrow(mine).__enter__()
-        abandoned.append([2])
-        del abandoned
-        step(mine)
-        if mine.token_count != 2:
-            raise AssertionError
-        mine.close()
-    for session in shared:
+    for session in [*shared, *registry.values()]:
         try:
             slots.evict(session)
         except SessionForkedError:
             continue
         raise AssertionError
+    for mine in [Session(), *(registry.open() for _ in range(10))]:
+        if mine.closed:  # the registry has room for four
+            continue
+        step(mine)
+        abandon(mine)
+        step(mine)
+        if mine.token_count != 4:
+            raise AssertionError
+        mine.close()
+    registry.close()
 
 
 def main() -> None:
     """Fork many times, and print how often it went well."""
     sys.setswitchinterval(1e-5)
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+    threads = [threading.Thread(target=do, daemon=True) for do in (work, work, serve, serve)]
     for thread in threads:
         thread.start()
     good = 0

@@ -33,9 +33,11 @@ os.register_at_fork(
     after_in_child=hook
 )  # before the import of the library, which has a hook as well
 
+from tests.members import MEMBERS  # noqa: E402
+
 from inference_session import Session, SessionRegistry, _fork  # noqa: E402
 from inference_session._lock import lock  # noqa: E402
-from inference_session.engine import BorrowedState, Slot, StateSlots  # noqa: E402
+from inference_session.engine import StateSlots  # noqa: E402
 from inference_session.exceptions import SessionForkedError  # noqa: E402
 
 
@@ -55,7 +57,6 @@ def new_cache() -> list[int]:
 
 
 slots = StateSlots(create=new_cache, length=len, release=release, nbytes=len)
-SLOT = Slot(int)
 registry = SessionRegistry(max_sessions=10, max_kv_bytes=1000)
 sessions = [Session(), registry.open()]
 """One of its own, and one in a registry."""
@@ -76,27 +77,6 @@ def refused(do: Callable[..., object], *arguments: object) -> None:
     except SessionForkedError:
         return
     raise AssertionError("not refused")
-
-
-def uses(state: BorrowedState[list[int]]) -> list[Callable[[], object]]:
-    """Return all that can be asked of a state."""
-    return [
-        lambda: state.kv_cache,
-        lambda: setattr(state, "kv_cache", []),
-        lambda: state.token_history,
-        lambda: state.kv_length,
-        lambda: state.pending,
-        lambda: state.append([7]),
-        lambda: state.append((7, 8)),
-        lambda: state.advance(1),
-        state.commit,
-        lambda: state.rewind(0),
-        lambda: state.reuse_prefix([7]),
-        lambda: state.session,
-        lambda: state.chunks(1),
-        lambda: state[SLOT],
-        lambda: state.__setitem__(SLOT, 1),
-    ]
 
 
 def fork() -> None:
@@ -166,8 +146,8 @@ def in_mid_borrow() -> None:
 
         def use() -> None:
             for state in (*states, alone):
-                for each in uses(state):
-                    refused(each)
+                for member in MEMBERS.values():
+                    refused(member, state)
 
         for state in (*states, alone):
             state.append([1])
