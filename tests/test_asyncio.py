@@ -8,7 +8,7 @@ import pytest
 
 from inference_session import Session
 from inference_session.engine import StateSlots
-from inference_session.exceptions import BorrowExpiredError, SessionBusyError, SessionClosedError
+from inference_session.exceptions import SessionBusyError, SessionClosedError
 
 
 released: list[list[int]] = []
@@ -140,17 +140,6 @@ def test_a_timeout_rolls_back(session: Session) -> None:
     run(main())
 
 
-def test_a_step_that_is_waited_for_too_long(session: Session) -> None:
-    """`wait_for` cancels the step, and its session is free when it returns."""
-
-    async def main() -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(step(session, asyncio.Event()), 0.01)
-        check_untouched(session)
-
-    run(main())
-
-
 def test_a_task_group_with_a_failure(session: Session) -> None:
     """If one task of a group fails, the steps of the others are undone."""
 
@@ -172,28 +161,6 @@ def test_a_task_group_with_a_failure(session: Session) -> None:
         check_untouched(session)
 
     run(main())
-
-
-def test_a_task_group_on_one_session(session: Session) -> None:
-    """Tasks of a group that step one session: one steps, the others are refused."""
-
-    async def attempt() -> bool:
-        try:
-            with SLOTS.borrow(session) as state:
-                state.append([4])
-                await asyncio.sleep(0)
-        except SessionBusyError:
-            return False
-        return True
-
-    async def main() -> None:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(attempt()) for _ in range(5)]
-        assert sum(task.result() for task in tasks) == 1
-        assert session.token_count == 4
-
-    run(main())
-    session.close()
 
 
 def test_a_cancelled_batch() -> None:
@@ -287,21 +254,4 @@ def test_a_loop_that_ends_first(session: Session) -> None:
     tasks: list[asyncio.Task[None]] = []
     run(main())
     assert tasks[0].cancelled()
-    check_untouched(session)
-
-
-def test_a_borrow_that_outlives_its_block(session: Session) -> None:
-    """A state kept by another task is of no use after the block."""
-
-    async def main() -> None:
-        with SLOTS.borrow(session) as state:
-            await asyncio.sleep(0)
-
-        async def late() -> None:
-            state.append([4])
-
-        with pytest.raises(BorrowExpiredError):
-            await asyncio.create_task(late())
-
-    run(main())
     check_untouched(session)

@@ -155,24 +155,6 @@ def test_rollback_of_a_new_session(
     assert look(slots, session) == ([], 0)
 
 
-def test_rollback_without_truncate() -> None:
-    """A cache that can't be truncated is released if the engine had its hands on it, and kept if it hadn't."""
-    memory = Memory(truncates=False)
-    slots = memory.slots()
-    with Session() as session:
-        prepare(slots, memory, session, 1, 2)
-        with pytest.raises(MemoryError), slots.borrow(session) as state:
-            state.append([3])
-            raise MemoryError
-        assert look(slots, session) == ([1, 2], 2)
-        with pytest.raises(MemoryError), slots.borrow(session) as state:
-            memory.step(state, 3)
-            raise MemoryError
-        assert not memory.live()
-        assert look(slots, session) == ([1, 2], 0)
-    memory.check_all_released()
-
-
 def test_rollback_of_a_cache_that_shrank(
     session: Session, slots: StateSlots[Cache], memory: Memory
 ) -> None:

@@ -204,16 +204,6 @@ def test_each_is_itself(error: SessionError) -> None:
     assert len({error, same, error}) == 2
 
 
-@each_error
-def test_raising(error: SessionError) -> None:
-    """They can be raised, chained, and given notes, as any exception."""
-    cause = KeyError()
-    with pytest.raises(type(error)) as caught:
-        raise copy.copy(error) from cause
-    assert caught.value.__cause__ is cause
-    assert caught.value.__traceback__ is not None
-
-
 @pytest.mark.parametrize("error_class", OF_A_SESSION, ids=lambda it: it.__name__)
 def test_arguments(error_class: Callable[..., SessionError]) -> None:
     """A test of an engine or a server makes them with an id, by position or by name."""

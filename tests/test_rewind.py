@@ -251,18 +251,6 @@ def test_reuse_prefix_without_truncate() -> None:
     memory.check_all_released()
 
 
-@pytest.mark.parametrize("bad", [[1, 2, -1], [1, 2**31], [1, "2"], ["1"], [1, 2, 3, 4, 1.5]])
-def test_reuse_prefix_of_bad_tokens(
-    session: Session, slots: StateSlots[Cache], memory: Memory, bad: list[int]
-) -> None:
-    """Wrong tokens are refused before anything changes."""
-    prepare(slots, memory, session, 1, 2, 3)
-    with slots.borrow(session) as state:
-        with pytest.raises(ValueError, match="token ids must be ints"):
-            state.reuse_prefix(bad)
-        assert (list(state.token_history), state.kv_length) == ([1, 2, 3], 3)
-
-
 @pytest.mark.parametrize("error", ERRORS)
 def test_reuse_prefix_with_a_truncate_that_fails(
     session: Session, slots: StateSlots[Cache], memory: Memory, error: type[BaseException]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
-import threading
-import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,70 +56,8 @@ class Tokens(list[int]):
     """A list of one's own."""
 
 
-class Id(int):
-    """An int of one's own, which compares in its own way."""
-
-    def __ge__(self, other: object) -> bool:
-        return True
-
-    def __lt__(self, other: object) -> bool:
-        return True
-
-    __le__ = __gt__ = __lt__
-
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __index__(self) -> int:
-        return 5
-
-
-class Liar:
-    """A scalar whose comparison and value disagree."""
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-    def __ge__(self, other: object) -> bool:
-        return True
-
-    __lt__ = __gt__ = __le__ = __ge__
-
-    def __index__(self) -> int:
-        return self.value
-
-
-class Vector:
-    """A tensor of two elements: one token it's not, and no comparison of it is true or false."""
-
-    def __ge__(self, other: object) -> Vector:
-        return self
-
-    __lt__ = __gt__ = __le__ = __ge__
-
-    def __eq__(self, other: object) -> Any:
-        return self
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __bool__(self) -> bool:
-        raise RuntimeError("Boolean value of Tensor with more than one value is ambiguous")
-
-    def __index__(self) -> int:
-        raise TypeError("only integer tensors of a single element can be converted to an index")
-
-
 class Failing:
     """What should be an int, but fails."""
-
-    def __ge__(self, other: object) -> bool:
-        raise RuntimeError("CUDA error")
-
-    __lt__ = __gt__ = __le__ = __ge__
 
     def __index__(self) -> int:
         raise RuntimeError("CUDA error")
@@ -133,9 +68,6 @@ class Once:
 
     def __init__(self, *values: int) -> None:
         self.values = list(values)
-
-    def __ge__(self, other: int) -> bool:
-        return self.values[0] >= other
 
     def __index__(self) -> int:
         return self.values.pop(0) if len(self.values) > 1 else self.values[0]
@@ -189,12 +121,7 @@ GOOD: dict[str, Callable[[], Any]] = {
     "ctypes 64": lambda: (ctypes.c_int64 * 3)(1, 2, 3),
     "tensor": lambda: Tensor([1, 2, 3]),
     "foreign ints": lambda: [Index(1), Index(2), Index(3)],
-    "foreign ints in a tuple": lambda: (Index(1), Index(2), Index(3)),
     "bools among ints": lambda: [True, 2, 3],
-    "own ints": lambda: [Id(1), Id(2), Id(3)],
-    "own ints in a tuple": lambda: (Id(1), Id(2), Id(3)),
-    "own ints from a generator": lambda: generate(Id(1), Id(2), Id(3)),
-    "scalars whose comparisons are always true": lambda: [Liar(1), Liar(2), Liar(3)],
     "a buffer of bytes that is cast": lambda: memoryview(array("i", [1, 2, 3]).tobytes()).cast("i"),
 }
 GOOD_TOKENS = pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
@@ -288,42 +215,20 @@ BAD: dict[str, tuple[Callable[[], Any], int]] = {
     "negative in a tensor": (lambda: Tensor([1, -5]), 1),
     "smallest C int": (lambda: [-(2**31)], 0),
     "too large": (lambda: [1, 2**31], 1),
-    "only too large": (lambda: [2**31], 0),
-    "too large in a tuple": (lambda: (2**31, 1), 0),
     "too large in an array": (lambda: array("I", [1, 2**31]), 1),
     "huge": (lambda: [1, 2**100], 1),
-    "huge negative": (lambda: (1, -(2**100)), 1),
     "foreign and negative": (lambda: [1, Index(-1)], 1),
-    "foreign and too large": (lambda: (1, Index(2**31)), 1),
     "float": (lambda: [1, 2.0], 1),
     "only a float": (lambda: [1.0], 0),
-    "float in a tuple": (lambda: (1, 2, 0.5), 2),
-    "NaN": (lambda: [float("nan"), 1], 0),
     "floats in an array": (lambda: array("d", [1, 2]), 0),
     "None": (lambda: [1, None, 2], 1),
-    "only None": (lambda: [None], 0),
     "str": (lambda: [1, "2"], 1),
     "a text": (lambda: "12", 0),
     "bytes within": (lambda: [b"1"], 0),
     "complex": (lambda: [1, 1j], 1),
     "lists": (lambda: [[1, 2], [3, 4]], 0),
-    "one list within": (lambda: [[1]], 0),
     "two dimensions": (lambda: memoryview(array("i", range(6))).cast("B").cast("i", (2, 3)), 0),
     "a tensor of two dimensions": (lambda: Tensor([[1, 2], [3, 4]]), 0),
-    "own and negative": (lambda: [1, Id(-5)], 1),
-    "only own and negative": (lambda: [Id(-5)], 0),
-    "own and negative in a tuple": (lambda: (Id(-5), 1), 0),
-    "own and negative from a generator": (lambda: generate(1, 2, Id(-5)), 2),
-    "own and too large": (lambda: [1, Id(2**31)], 1),
-    "negative, though it compares as not": (lambda: [1, Liar(-7), 2], 1),
-    "only negative, though it compares as not": (lambda: [Liar(-7)], 0),
-    "negative in a tuple, though it compares as not": (lambda: (Liar(-7),), 0),
-    "too large, though it compares as not": (lambda: [Liar(2**31)], 0),
-    "a vector": (lambda: [1, Vector()], 1),
-    "only a vector": (lambda: [Vector()], 0),
-    "a vector in a tuple": (lambda: (1, 2, Vector()), 2),
-    "a vector from an iterator": (lambda: iter([Vector(), 1]), 0),
-    "a vector in a tensor": (lambda: Tensor([1, Vector()]), 1),
     "an index that fails": (lambda: [1, Failing()], 1),
     "only an index that fails": (lambda: [Failing()], 0),
     "an index that fails in a tuple": (lambda: (1, Failing()), 1),
@@ -456,40 +361,6 @@ def test_a_list_that_grows_meanwhile(
     with suppress(ValueError):
         use(state, tokens)
     assert state.token_history[:] in ([7, 8], [7, 8, 1, 5, 2], [1, 5, 2])
-
-
-@uses
-@pytest.mark.parametrize("length", [1, 40, 2000])
-def test_a_list_that_another_thread_writes_to(
-    state: BorrowedState[list[int]],
-    use: Callable[[BorrowedState[list[int]], Any], None],
-    length: int,
-) -> None:
-    """However a list changes while it's read, no id gets in that is none."""
-    tokens = [1] * length
-    position = length * 3 // 4
-    finished = threading.Event()
-
-    def write() -> None:
-        while not finished.is_set():
-            tokens[position] = -1
-            tokens[position] = 1
-
-    interval = sys.getswitchinterval()
-    writer = threading.Thread(target=write)
-    sys.setswitchinterval(1e-5)
-    try:
-        writer.start()
-        end = time.monotonic() + 0.4
-        while time.monotonic() < end:
-            with suppress(ValueError):
-                use(state, tokens)
-            assert all(token >= 0 for token in state.token_history)
-            state.rewind(0)
-    finally:
-        finished.set()
-        writer.join()
-        sys.setswitchinterval(interval)
 
 
 @uses
