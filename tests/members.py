@@ -22,6 +22,8 @@ MEMBERS: Final[dict[str, Callable[[BorrowedState[Any]], object]]] = {
     "rewind": lambda state: state.rewind(0),
     "reuse_prefix": lambda state: state.reuse_prefix([6]),
     "session": lambda state: state.session,
+    "branch": lambda state: state.branch(),
+    "take_kv_cache": lambda state: state.take_kv_cache(),
     "chunks": lambda state: state.chunks(1, keep=9),
     "state[slot]": lambda state: state[SLOT],
     "state[slot] =": lambda state: state.__setitem__(SLOT, 6),

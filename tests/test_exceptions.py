@@ -196,14 +196,6 @@ def test_repr(error: SessionError) -> None:
         assert str(value) in repr(error)
 
 
-@each_error
-def test_each_is_itself(error: SessionError) -> None:
-    """Errors are compared and hashed by identity, as Python's own: none is taken for another one."""
-    same = copy.copy(error)
-    assert error != same
-    assert len({error, same, error}) == 2
-
-
 @pytest.mark.parametrize("error_class", OF_A_SESSION, ids=lambda it: it.__name__)
 def test_arguments(error_class: Callable[..., SessionError]) -> None:
     """A test of an engine or a server makes them with an id, by position or by name."""

@@ -177,21 +177,6 @@ def test_enter_within_the_own_block(
 
 
 @pytest.mark.parametrize("batch", [False, True])
-def test_enter_twice_by_hand(
-    session: Session, slots: StateSlots[Cache], memory: Memory, *, batch: bool
-) -> None:
-    """Without a `with` statement, too, a second entry is refused, and the first borrow goes on."""
-    borrow = slots.borrow_all([session]) if batch else slots.borrow(session)
-    got = borrow.__enter__()
-    state = got[0] if isinstance(got, list) else got
-    with pytest.raises(RuntimeError, match="only once"):
-        borrow.__enter__()
-    memory.step(state, 1)
-    borrow.__exit__(None, None, None)
-    assert look(slots, session) == ([1], 1)
-
-
-@pytest.mark.parametrize("batch", [False, True])
 def test_enter_again_after_the_block(
     session: Session, slots: StateSlots[Cache], memory: Memory, *, batch: bool
 ) -> None:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, cast
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 from tests.books import check_books, in_order, sizes
@@ -21,7 +21,6 @@ from inference_session.engine import BorrowedState, StateSlots
 from inference_session.exceptions import (
     RegistryFullError,
     SessionBusyError,
-    SessionClosedError,
     SessionError,
     SessionExistsError,
     SessionNotFoundError,
@@ -824,19 +823,6 @@ def test_idle_ones_fail_to_release(
         assert unraisable == [engine.release_error]
 
 
-def test_a_clock_that_goes_back(clock: Clock) -> None:
-    """A clock that goes back, against its promise, makes nothing idle that isn't, and breaks no order."""
-    with SessionRegistry(idle_timeout=10) as registry:
-        first = registry.open()
-        clock.now -= 500
-        second = registry.open()
-        assert registry.close_idle() == 0
-        clock.now += 511
-        registry[first.id]
-        assert registry.close_idle() == 1
-        assert [first.closed, second.closed] == [False, True]
-
-
 # Too many bytes
 
 
@@ -1411,12 +1397,3 @@ def test_two_registries_with_one_id(engine: Engine) -> None:
         session.close()
         assert SOME_ID not in one
         assert SOME_ID in other
-
-
-def test_a_session_closed_by_the_registry_is_refused(engine: Engine) -> None:
-    """Who still has a session that had to go is told so."""
-    with SessionRegistry(max_sessions=1) as registry:
-        session = registry.open(uuid4())
-        registry.open()
-        with pytest.raises(SessionClosedError):
-            engine.step(session)

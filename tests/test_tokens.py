@@ -608,18 +608,6 @@ BOUNDS = [16 * (2**power - 1) for power in range(1, 10)]
 LONG = 16 * (2**9 - 1) + 3 * 8192 + 5
 
 
-@pytest.mark.parametrize("length", [3, 15, 16, 17, 47, 48, 49, 200])
-def test_every_mismatch_of_short_histories(length: int) -> None:
-    """Wherever the first difference is, it's found; so are longer and shorter tokens."""
-    history = list(range(length))
-    for position in range(length):
-        tokens = history.copy()
-        tokens[position] += 1
-        assert reused(history, tokens) == (position, tokens)
-        assert reused(history, tokens[: position + 1])[0] == position
-        assert reused(history[: position + 1], history)[0] == min(position + 1, length - 1)
-
-
 @pytest.mark.parametrize(
     "position",
     [
