@@ -18,6 +18,7 @@ from contextlib import (
 from typing import Any, Final, TypeAlias
 
 import pytest
+from tests.threads import Straggler, in_thread
 
 from inference_session import Session
 from inference_session.engine import BorrowedState, StateSlots
@@ -677,16 +678,6 @@ def test_streams_collected_beside_another_thread(session: Session) -> None:
 # Entered in another way, and elsewhere
 
 
-def in_thread(call: Callable[[], Any]) -> Any:
-    """Return what something returns in another thread."""
-    outcome: list[Any] = []
-    thread = threading.Thread(target=lambda: outcome.append(call()))
-    thread.start()
-    thread.join(30)
-    [result] = outcome
-    return result
-
-
 def merge() -> None:
     """Let a free-threaded interpreter come to what it has put off: references that other threads dropped."""
     for _ in range(1000):
@@ -699,7 +690,7 @@ def test_a_borrow_entered_by_hand_in_another_thread(session: Session, *, batch: 
     """Hold what another thread entered by hand until its end, and refuse a second borrower as long."""
     borrow: AbstractContextManager[Any, None]
     borrow = SLOTS.borrow_all([session]) if batch else SLOTS.borrow(session)
-    entered = in_thread(borrow.__enter__)
+    entered: Any = in_thread(borrow.__enter__)
     state: State = entered[0] if batch else entered
     del entered
     merge()
@@ -718,7 +709,7 @@ def test_an_exit_stack_handed_to_another_thread(session: Session, *, batch: bool
     """Hold what is on an `ExitStack` that one thread filled, another uses and a third closes."""
     stack = ExitStack()
 
-    def enter() -> object:
+    def enter() -> State:
         if batch:
             return stack.enter_context(SLOTS.borrow_all([session]))[0]
         return stack.enter_context(SLOTS.borrow(session))
@@ -740,13 +731,12 @@ def test_a_block_in_another_thread(session: Session, *, batch: bool, stack: bool
     """Hold what is borrowed in one thread and entered in another until that block ends."""
     borrow: AbstractContextManager[Any, None]
     borrow = SLOTS.borrow_all([session]) if batch else SLOTS.borrow(session)
-    entered, may_go_on = threading.Event(), threading.Event()
+    straggler = Straggler()
 
     def work(got: Any) -> None:
         state: State = got[0] if batch else got
         del got
-        entered.set()
-        assert may_go_on.wait(30)
+        straggler.pause("block")
         merge()
         state.append([1])
         feed(state)
@@ -759,12 +749,9 @@ def test_a_block_in_another_thread(session: Session, *, batch: bool, stack: bool
             with borrow as got:
                 work(got)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert entered.wait(30)
+    straggler.begin(run, "block")
     merge()
     assert is_held(session)
-    may_go_on.set()
-    thread.join(30)
+    assert straggler.go_on() is None
     check(session, [1])
     assert weakref.ref(borrow)() is borrow  # it was kept all the time

@@ -18,6 +18,7 @@ from uuid import UUID
 import pytest
 from tests.books import check_books, sizes
 from tests.interrupts import Interrupt, Interrupter
+from tests.threads import Straggler
 
 from inference_session import Session, SessionRegistry
 from inference_session._lock import lock
@@ -370,11 +371,10 @@ def test_room_for_all(size: int) -> None:
 
 def test_a_release_that_takes_long() -> None:
     """While one session is being released everybody else works on, and nobody borrows or counts the one."""
-    entered, go_on = threading.Event(), threading.Event()
+    straggler = Straggler()
 
     def release(cache: Cache) -> None:
-        entered.set()
-        assert go_on.wait(60)
+        straggler.pause("release")
 
     slots = StateSlots(create=Cache, length=len, release=release, nbytes=len)
     registry = SessionRegistry(max_sessions=2, max_kv_bytes=2)
@@ -391,17 +391,14 @@ def test_a_release_that_takes_long() -> None:
             state.kv_cache.append(1)
             state.advance(1)
 
-    thread = threading.Thread(target=evict)
-    thread.start()
-    assert entered.wait(60)
+    straggler.begin(evict, "release")
     with pytest.raises(SessionBusyError), slots.borrow(first):
         pass
     with slots.borrow(second):
         third = registry.open()  # in the place of the first, which isn't borrowed
     assert first.closed
     assert set(registry) == {second.id, third.id}
-    go_on.set()
-    thread.join()
+    assert straggler.go_on() is None
     assert first.token_count == 0
     registry.close()
 

@@ -3,14 +3,11 @@
 import gc
 import signal
 import sysconfig
-import threading
 import weakref
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import cast
 
 import pytest
 from tests.processes import run_script
+from tests.threads import race
 
 from inference_session import Session, _lease
 from inference_session._lease import replace
@@ -76,18 +73,6 @@ class Engine:
 def engine() -> Engine:
     """Return a new engine."""
     return Engine()
-
-
-def race(*actions: Callable[[], object]) -> list[object]:
-    """Let threads begin at the same time, and return what they return."""
-    start = threading.Barrier(len(actions))
-
-    def run(action: Callable[[], object]) -> object:
-        start.wait()
-        return action()
-
-    with ThreadPoolExecutor(len(actions)) as pool:
-        return [future.result() for future in [pool.submit(run, action) for action in actions]]
 
 
 def test_one_borrower_at_a_time(engine: Engine) -> None:
@@ -169,7 +154,7 @@ def test_close_races_with_borrows(engine: Engine) -> None:
 
     served = race(use, use, close, close)
     assert all(session.token_count == 0 for session in sessions)
-    assert cast("int", served[0]) + cast("int", served[1]) >= len(engine.created)
+    assert served[0] + served[1] >= len(engine.created)
     engine.check()
 
 
@@ -242,7 +227,7 @@ def test_batches_in_opposite_orders(engine: Engine) -> None:
 
     done = race(lambda: steps(1, sessions), lambda: steps(2, sessions[::-1]))
     for session in sessions:
-        assert session.token_count == sum(cast("list[int]", done))
+        assert session.token_count == sum(done)
         session.close()
     engine.check()
 
@@ -282,7 +267,7 @@ def test_two_threads_find_an_abandoned_borrow(engine: Engine) -> None:
                 return 0
             return 1
 
-        taken = sum(cast("list[int]", race(take, take)))
+        taken = sum(race(take, take))
         assert taken > 0
         with engine.slots.borrow(session) as state:
             assert state.token_history == [1, *[3] * taken]
