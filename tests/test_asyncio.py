@@ -20,12 +20,7 @@ def truncate(cache: list[int], length: int) -> list[int]:
     return cache
 
 
-def new_cache() -> list[int]:
-    """Make a KV cache."""
-    return []
-
-
-SLOTS = StateSlots(create=new_cache, length=len, truncate=truncate, release=released.append)
+SLOTS = StateSlots(create=list[int], length=len, truncate=truncate, release=released.append)
 
 
 @pytest.fixture

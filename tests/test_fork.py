@@ -38,13 +38,8 @@ def truncate(cache: list[int], length: int) -> list[int]:
     return cache
 
 
-def new_cache() -> list[int]:
-    """Make a KV cache."""
-    return []
-
-
-SLOTS = StateSlots(create=new_cache, length=len, truncate=truncate, release=release)
-NO_TRUNCATE = StateSlots(create=new_cache, length=len, release=release)
+SLOTS = StateSlots(create=list[int], length=len, truncate=truncate, release=release)
+NO_TRUNCATE = StateSlots(create=list[int], length=len, release=release)
 
 
 def step(session: Session, slots: StateSlots[list[int]] = SLOTS) -> None:

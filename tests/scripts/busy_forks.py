@@ -21,12 +21,7 @@ warnings.simplefilter(
 )  # of forks in processes with threads, from 3.12 on
 
 
-def new_cache() -> list[int]:
-    """Make a KV cache."""
-    return []
-
-
-slots = StateSlots(create=new_cache, length=len, nbytes=len)
+slots = StateSlots(create=list[int], length=len, nbytes=len)
 shared = [Session() for _ in range(3)]
 registry = SessionRegistry(max_sessions=4, idle_timeout=3600, max_kv_bytes=6)
 finished = threading.Event()

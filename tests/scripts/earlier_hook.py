@@ -51,12 +51,7 @@ def release(cache: list[int]) -> None:
     os.write(1, b"in the parent\n" if os.getpid() == PARENT else b"in the CHILD\n")
 
 
-def new_cache() -> list[int]:
-    """Make a KV cache."""
-    return []
-
-
-slots = StateSlots(create=new_cache, length=len, release=release, nbytes=len)
+slots = StateSlots(create=list[int], length=len, release=release, nbytes=len)
 registry = SessionRegistry(max_sessions=10, max_kv_bytes=1000)
 sessions = [Session(), registry.open()]
 """One of its own, and one in a registry."""
@@ -209,7 +204,7 @@ def fork_often() -> None:
 
 def step_often(finished: threading.Event) -> None:
     """Use sessions of the parent."""
-    without_release = StateSlots(create=new_cache, length=len, nbytes=len)
+    without_release = StateSlots(create=list[int], length=len, nbytes=len)
     while not finished.is_set():
         with Session() as mine, registry.open() as registered:
             for session in (mine, registered):

@@ -7,14 +7,9 @@ from inference_session import Session
 from inference_session.engine import StateSlots
 
 
-def new_cache() -> list[int]:
-    """Make a KV cache."""
-    return []
-
-
 def use(count: int) -> int:
     """Work with a session of the worker's own."""
-    slots = StateSlots(create=new_cache, length=len)
+    slots = StateSlots(create=list[int], length=len)
     with Session() as session:
         for _ in range(count):
             with slots.borrow(session) as state:
