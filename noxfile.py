@@ -24,6 +24,7 @@ nox.options.error_on_missing_interpreters = False  # also in CI: test on what is
 nox.options.sessions = ["lint", "typing", "tests", "docs", "build"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
+GROUPS = PYPROJECT["dependency-groups"]
 PYTHONS = [
     version for version in nox.project.python_versions(PYPROJECT) if not version.endswith("t")
 ]
@@ -94,16 +95,20 @@ def check_folder(session: nox.Session, folder: Path) -> None:
     """Test, run and type-check an engine or an example, with the libraries that it needs."""
     tests = sorted(folder.glob("test_*.py"))
     modules = sorted(set(folder.glob("*.py")) - set(tests))
-    parts = {"page, index.md": (folder / "index.md").exists(), "test": tests, "module": modules}
-    for part, found in parts.items():
-        if not found:
-            session.error(f"{folder} has no {part}")
-    if folder.name not in PYPROJECT["dependency-groups"]:
-        session.error(f"pyproject.toml has no dependency group {folder.name}, for {folder}")
-    install_model(session)
+    needed = {
+        "a page, index.md": (folder / "index.md").exists(),
+        "a module": modules,
+        "a test, test_*.py": tests,
+        "a dependency group of its name in pyproject.toml": folder.name in GROUPS,
+    }
+    lacking = [part for part, found in needed.items() if not found]
+    if lacking:
+        session.error(f"{folder} lacks {'; '.join(lacking)}")
+
     session.env["CMAKE_ARGS"] = "-DGGML_NATIVE=OFF"  # for llama.cpp, which is built from source
-    tools = ["newest", "tests", "samples", "nox", "checkers"]
-    session.install(".", *group(folder.name, *tools))
+    session.install(".", *group(folder.name, "newest", "tests", "samples", "nox", "checkers"))
+    if set(group("numpy")) <= set(group(folder.name)):  # what reads the model is there
+        install_model(session)
     session.run(
         *("python", "-m", "pytest", "-p", "docs.samples", str(folder), *session.posargs),
         env=search_path(folder, NUMPY),

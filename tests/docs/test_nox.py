@@ -1,8 +1,9 @@
-"""The commands that nox runs: interrupted while they install, and handed over to their programs."""
+"""The commands that nox runs: interrupted while they install, and handed over to their programs; what they refuse."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ pytestmark = needs_terminal
 PROJECT = Path(__file__).parents[2]
 NOXFILE = f"""
 import contextlib
+import pathlib
 import runpy
 
 import nox
@@ -38,6 +40,11 @@ def one(session):
 @nox.session
 def two(session):
     project["hand_over"](session, "program.py")
+
+
+@nox.session
+def folder(session):
+    project["check_folder"](session, pathlib.Path(*session.posargs))
 """
 PROGRAM = """
 import os
@@ -56,7 +63,7 @@ def nox(tmp_path: Path) -> list[str]:
     (tmp_path / "noxfile.py").write_text(NOXFILE, "utf-8")
     (tmp_path / "program.py").write_text(PROGRAM, "utf-8")
     (tmp_path / ".nox").mkdir()
-    for name in ("one", "two"):
+    for name in ("one", "two", "folder"):
         (tmp_path / ".nox" / name).symlink_to(sys.prefix)
     return [sys.executable, "-m", "nox", "--noxfile", str(tmp_path / "noxfile.py"), "-s"]
 
@@ -124,3 +131,25 @@ def test_installing_only(nox: list[str]) -> None:
     with terminal([*nox, "one", "--install-only"]) as run:
         assert run.wait() == 0
     assert "program " not in run.output
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ("index.md", "lacks a page, index.md"),
+        ("module.py", "lacks a module"),
+        ("test_module.py", r"lacks a test, test_\*\.py"),
+        ("group", "lacks a dependency group of its name in pyproject.toml"),
+    ],
+)
+def test_a_folder_lacks_something(
+    lacking: str, message: str, nox: list[str], tmp_path: Path
+) -> None:
+    """A folder of an engine or an example that isn't complete is an error that says what it lacks."""
+    folder = tmp_path / ("nothing" if lacking == "group" else "numpy")
+    folder.mkdir()
+    for name in {"index.md", "module.py", "test_module.py"} - {lacking}:
+        (folder / name).touch()
+    with terminal([*nox, "folder", "--", str(folder)]) as run:
+        run.wait_for(re.escape(str(folder)) + " " + message + r"\.\r\n")
+        assert run.wait() == 1
