@@ -12,8 +12,10 @@ import stat
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from io import BufferedReader, BufferedWriter, RawIOBase
 from struct import Struct
+from sys import byteorder
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from uuid import UUID, uuid4
 from zlib import crc32
@@ -23,7 +25,7 @@ from attrs import evolve, field, frozen
 from inference_session._borrow import ANY_KEY, BorrowedState
 from inference_session._lease import nobody
 from inference_session._session import CacheFunctions, Session
-from inference_session._tokens import NO_TOKENS, checked, in_little_endian
+from inference_session._tokens import NO_TOKENS
 from inference_session._transaction import adopt, begin, check_length
 from inference_session.exceptions import SessionFileError
 
@@ -53,8 +55,8 @@ class _Head:
     """How many of them the KV cache covers."""
     nbytes: int = 0
     """The size of the KV cache in the file."""
-    tokens_checksum: int = 0
-    cache_checksum: int = 0
+    tokens_checksum: int = field(default=0, repr=False)
+    cache_checksum: int = field(default=0, repr=False)
 
     def to_bytes(self) -> bytes:
         key = self.key.encode("utf-8", "surrogatepass")
@@ -72,7 +74,7 @@ def save(slots: CacheFunctions[Any], session: Session, path: str, *, move: bool)
         with BorrowedState(session, slots, ANY_KEY) as state:
             check_length(session, slots, state._lease, session._kv_length, "commit")
             _check_place(path)
-            with open(temporary, "xb", opener=_private) as file:
+            with open(temporary, "xb", opener=_PRIVATE) as file:
                 _write(file, slots, session)
                 file.flush()
                 os.fsync(file.fileno())
@@ -84,7 +86,7 @@ def save(slots: CacheFunctions[Any], session: Session, path: str, *, move: bool)
     finally:
         if moved:  # an interrupt may have come before the session was closed
             session.close()
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it has its new name, or was never made
             os.unlink(temporary)  # noqa: PTH108
 
 
@@ -99,13 +101,11 @@ def restore(slots: CacheFunctions[Any], path: str, *, take: bool) -> Session:
         try:
             os.rename(path, taken)  # noqa: PTH104
             if _head_of(taken) == head:
-                for _ in map(os.unlink, (taken,)):
-                    return session  # no interrupt can come between
-            _put_back(taken, path)  # it was saved anew meanwhile
-            session.close()
+                [_] = map(os.unlink, (taken,))  # in one instant with the return
+                return session
+            _give_up(session, taken, path)  # it was saved anew meanwhile
         except BaseException as error:
-            _put_back(taken, path)
-            session.close()
+            _give_up(session, taken, path)
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
             raise
@@ -119,40 +119,52 @@ def _beside(path: str) -> str:
 # Writing
 
 
+_PRIVATE: Final = partial(os.open, mode=0o600)
+"""Opens a new file that its owner alone may read. It's a C function: no interrupt can lose the file descriptor."""
+
+
 def _check_place(path: str) -> None:
-    """Raise an error if the path leads to a folder, a pipe or a device."""
+    """Raise an error if the folder is missing, or the path leads to a folder, a pipe or a device."""
+    os.stat(os.path.dirname(path))  # noqa: PTH116, PTH120
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
             raise FileExistsError(errno.EEXIST, "can't replace what is not a regular file", path)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _write(file: BufferedWriter, slots: CacheFunctions[Any], session: Session) -> None:
     """Write the tokens and the KV cache, and at last the head, which has their checksums."""
     head = _Head(session._id, session._key, len(session._token_history))
     file.seek(len(head.to_bytes()))
-    tokens, cache, covered = _Part(file), _Part(file), 0
-    tokens.write(in_little_endian(session._token_history))
+    head = evolve(head, tokens_checksum=_write_tokens(file, session))
     if slots.dump is not None and session._kv_length:
-        covered = session._kv_length
-        with BufferedWriter(cache) as stream:
+        part = _CachePart(file)
+        with BufferedWriter(part) as stream:
             slots.dump(session._kv_cache, stream)
-    head = evolve(
-        head,
-        covered=covered,
-        nbytes=cache.nbytes,
-        tokens_checksum=tokens.checksum,
-        cache_checksum=cache.checksum,
-    )
+        head = evolve(
+            head,
+            covered=session._kv_length,
+            nbytes=part.nbytes,
+            cache_checksum=part.checksum,
+        )
     file.seek(0)
     file.write(head.to_bytes())
 
 
-class _Part(RawIOBase):
-    """Writes a part of a file, and has its size and checksum. There's no file descriptor, to write past it."""
+def _write_tokens(file: BufferedWriter, session: Session) -> int:
+    """Write the tokens, and return their checksum. All is done by C functions, whose frames no traceback shows."""
+    tokens = session._token_history
+    try:
+        if byteorder == "big":
+            tokens = tokens[:]
+            tokens.byteswap()
+        file.write(tokens)
+        return crc32(tokens)
+    finally:
+        tokens = NO_TOKENS  # a traceback keeps this frame
+
+
+class _CachePart(RawIOBase):
+    """Writes the KV cache into a file, and has its size and checksum. It lends out no file descriptor."""
 
     def __init__(self, file: BufferedWriter) -> None:
         self._file = file
@@ -174,7 +186,8 @@ class _Part(RawIOBase):
 def _flush_folder(path: str) -> None:
     """Flush the name of a file to the disk, except on Windows, which can't open a folder."""
     if os.name != "nt":
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)  # noqa: PTH120
+        # In one instant, or an interrupt could lose the file descriptor.
+        [folder] = map(os.open, (os.path.dirname(path),), (os.O_RDONLY,))  # noqa: PTH120
         try:
             os.fsync(folder)
         finally:
@@ -201,6 +214,13 @@ def _read(slots: CacheFunctions[Any], path: str) -> tuple[Session, _Head]:
     return session, head
 
 
+def _give_up(session: Session, taken: str, path: str) -> None:
+    try:
+        _put_back(taken, path)
+    finally:
+        session.close()
+
+
 def _put_back(taken: str, path: str) -> None:
     """Give a file back its name, unless there is a newer one."""
     try:
@@ -217,7 +237,9 @@ def _put_back(taken: str, path: str) -> None:
 
 def _without_waiting(path: str, flags: int) -> int:
     """Open a file. A pipe is opened at once, too, and refused after that; Windows has none in folders."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    # In one instant, or an interrupt could lose the file descriptor.
+    [descriptor] = map(os.open, (path,), (flags | getattr(os, "O_NONBLOCK", 0),))
+    return descriptor
 
 
 def _head_of(path: str) -> _Head:
@@ -248,14 +270,16 @@ def _read_head(file: BufferedReader, path: str) -> _Head:
 
 
 def _read_tokens(file: BufferedReader, path: str, head: _Head, session: Session) -> None:
-    tokens = array("i")
+    """Read the tokens into a session. All is done by C functions, whose frames no traceback shows."""
+    tokens = array("i", [0]) * head.count
     try:
-        tokens.frombytes(file.read(4 * head.count))
-        if crc32(tokens) != head.tokens_checksum:
+        file.readinto(tokens)
+        intact = crc32(tokens) == head.tokens_checksum
+        if byteorder == "big":
+            tokens.byteswap()
+        if not intact or min(tokens, default=0) < 0:
             raise _damaged(path)
-        session._token_history = checked(in_little_endian(tokens))
-    except ValueError:  # of `checked`, too
-        raise _damaged(path) from None
+        session._token_history = tokens
     finally:
         tokens = NO_TOKENS  # a traceback keeps this frame
 

@@ -73,14 +73,6 @@ def checked(ids: Ids, start: int = 0) -> Ids:
     raise _bad_token(start + position)
 
 
-def in_little_endian(ids: Ids, order: str = byteorder) -> Ids:
-    """Convert tokens from this machine's byte order to that of files, or back; return the same ones if it's equal."""
-    if order == "big":
-        ids = ids[:]
-        ids.byteswap()
-    return ids
-
-
 def common_prefix_length(history: Ids, tokens: Tokens) -> int:
     """Return the length of the longest common prefix.
 
