@@ -63,3 +63,16 @@ def hasty() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(interval)
+
+
+@pytest.fixture
+def swallowed() -> Iterator[list[object]]:
+    """Collect the classes of exceptions in finalizers."""
+    swallowed: list[object] = []
+
+    def note(told: "sys.UnraisableHookArgs") -> None:
+        swallowed.append(told.exc_type)
+
+    tell, sys.unraisablehook = sys.unraisablehook, note
+    yield swallowed
+    sys.unraisablehook = tell

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 from uuid import UUID, uuid4
-from zlib import crc32
 
 import pytest
 from tests.caches import ERRORS, Cache, Fault, Lie, Memory, look, prepare
@@ -951,98 +950,3 @@ def test_no_warnings(path: Path, session: Session, slots: StateSlots[Cache]) -> 
                 fail()
         gc.collect()
     assert not caught
-
-
-# What is no file of a session
-
-
-def forge(ids: list[int], **changes: int) -> bytes:
-    """Return a file with the given tokens, and other numbers in its head, whose checksums are right."""
-    tokens = struct.pack(f"<{len(ids)}i", *ids)
-    numbers = {
-        "version": 1,
-        "key": 0,
-        "count": len(ids),
-        "covered": 0,
-        "nbytes": 0,
-        "tokens": crc32(tokens),
-        "cache": 0,
-        **changes,
-    }
-    version, key, *others = numbers.values()
-    head = struct.pack("<8sI16sIQQQII", b"\x89session", version, bytes(16), key, *others)
-    return head + struct.pack("<I", crc32(head)) + tokens
-
-
-def test_forge(path: Path, slots: StateSlots[Cache]) -> None:
-    """The files below differ from a right one in one thing only."""
-    path.write_bytes(forge([1, 2]))
-    assert look(slots, slots.restore(path)) == ([1, 2], 0)
-
-
-@pytest.mark.parametrize("version", [0, 2, 2**32 - 1])
-def test_other_versions(path: Path, slots: StateSlots[Cache], version: int) -> None:
-    """A file of another format is refused, and the error says so."""
-    path.write_bytes(forge([], version=version))
-    with pytest.raises(SessionFileError, match=f"format is {version}, and only 1 is known"):
-        slots.restore(path)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\x89PNG\r\n\x1a\n" + bytes(100), b"\x89sessio", bytes(1000)]
-)
-def test_other_files(path: Path, slots: StateSlots[Cache], content: bytes) -> None:
-    """Anything else is refused, and stays."""
-    path.write_bytes(content)
-    with pytest.raises(SessionFileError, match="it isn't the file of a session") as caught:
-        slots.restore(path, take=True)
-    assert caught.value.path == os.path.realpath(path)
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize(
-    ("tokens", "changes"),
-    [
-        ([1, -2], {}),
-        ([-(2**31)], {}),
-        ([1, 2], {"count": 2**64 - 1}),
-        ([1, 2], {"count": 2**62}),
-        ([1, 2], {"count": 3}),
-        ([1, 2], {"count": 1}),
-        ([1, 2], {"covered": 3}),
-        ([1, 2], {"key": 2**32 - 1}),
-        ([1, 2], {"tokens": 0}),
-    ],
-)
-def test_forged(
-    path: Path, slots: StateSlots[Cache], tokens: list[int], changes: dict[str, int]
-) -> None:
-    """Numbers that can't be true, and tokens that are none, are refused before they do any harm."""
-    path.write_bytes(forge(tokens, **changes))
-    with pytest.raises(SessionFileError, match="its head or its tokens are damaged"):
-        slots.restore(path)
-
-
-def test_key_that_is_no_text(path: Path, slots: StateSlots[Cache]) -> None:
-    """A key that isn't UTF-8 is refused, though its checksum is right."""
-    head = forge([], key=1)[:64] + b"\xff"
-    path.write_bytes(head + struct.pack("<I", crc32(head)))
-    with pytest.raises(SessionFileError, match="damaged"):
-        slots.restore(path)
-
-
-@pytest.mark.parametrize(("nbytes", "checksum"), [(2**64 - 1, 0), (9, 0), (8, 1), (7, 0)])
-def test_forged_cache(
-    path: Path,
-    slots: StateSlots[Cache],
-    caplog: pytest.LogCaptureFixture,
-    nbytes: int,
-    checksum: int,
-) -> None:
-    """A KV cache that isn't as long or not as it should be never comes to `load`."""
-    cache = struct.pack("<2i", 1, 2)
-    numbers = {"covered": 2, "nbytes": nbytes, "cache": crc32(cache) ^ checksum}
-    content = forge([1, 2], **numbers) + cache
-    path.write_bytes(content)
-    assert look(slots, slots.restore(path)) == ([1, 2], 0)
-    assert caplog.messages[0].endswith("without its KV cache: it is damaged")

@@ -112,19 +112,6 @@ def test_a_handler_that_borrows(interrupter: Interrupter, begin: Begin) -> None:
         story.check_books()
 
 
-@pytest.fixture
-def swallowed() -> Iterator[list[object]]:
-    """Collect the classes of exceptions in finalizers."""
-    swallowed: list[object] = []
-
-    def note(told: "sys.UnraisableHookArgs") -> None:
-        swallowed.append(told.exc_type)
-
-    tell, sys.unraisablehook = sys.unraisablehook, note
-    yield swallowed
-    sys.unraisablehook = tell
-
-
 def test_an_interrupt_beside_closing(interrupter: Interrupter, begin: Begin) -> None:
     """Free what was closed in mid-borrow once, and without another `close()`, wherever an interrupt comes."""
     closed_before = 0
