@@ -18,12 +18,13 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 from uuid import UUID
 
 import attrs
 import pytest
 from hypothesis.vendor.pretty import pretty
+from tests.interrupts import Interrupter
 
 from inference_session import Session, SessionRegistry
 from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, Slot, StateSlots
@@ -1112,6 +1113,91 @@ def test_crash_reports_of_a_registry(ear: Ear, engine: Engine, step: str, *, rai
         mine = registry.open()
         ear.fail(work)
         engine.fails.clear()
+
+
+class Saving(Engine):
+    """An engine that can save its KV caches, and fails where it's told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = StateSlots(
+            create=self.create,
+            length=self.length,
+            dump=self.dump,
+            load=self.load,
+            release=self.release,
+        )
+
+    def dump(self, cache: Cache, file: BinaryIO) -> None:
+        """Write a cache."""
+        file.write(b"hush")
+        self.fail("dump")
+        file.write(b"hush" * 10_000)
+
+    def load(self, file: BinaryIO) -> Cache:
+        """Read a cache."""
+        self.fail("load")
+        cache = self.create()
+        cache.length = 7 if "load" in self.lies else 2
+        return cache
+
+
+@pytest.fixture
+def saving() -> Saving:
+    """Return an engine that can save its KV caches, and doesn't fail yet."""
+    return Saving()
+
+
+@pytest.fixture
+def saved(saving: Saving) -> Iterator[Session]:
+    """Return a session of that engine with some tokens, the first of them in the KV cache."""
+    with Session() as session:
+        with saving.slots.borrow(session) as state:
+            state.append(TOKENS)
+            state.kv_cache.length = 2
+            state.advance(2)
+        yield session
+        saving.fails.clear()
+
+
+def test_crash_reports_of_files(ear: Ear, saving: Saving, saved: Session, tmp_path: Path) -> None:
+    """Nothing shows what is written to a file, or read from it, if that fails."""
+    path = tmp_path / "file"
+    for fails in ("dump", "length", ""):
+        saving.fails = {fails}
+        ear.attempt(partial(saving.slots.save, saved, path))
+    content = path.read_bytes()
+    for fails, lies in (("load", ""), ("length", ""), ("release", "load"), ("", "load")):
+        saving.fails, saving.lies = {fails}, {lies}
+        ear.attempt(lambda: saving.slots.restore(path).close())
+    saving.fails, saving.lies = set(), set()
+    for position in range(72):
+        path.write_bytes(content[:position] + b"\xff" + content[position + 1 :])
+        ear.attempt(lambda: saving.slots.restore(path, take=True).close())
+    ear.heard = [NAMES.sub("", saying) for saying in ear.heard]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_crash_reports_of_interrupted_files(
+    ear: Ear, saving: Saving, saved: Session, interrupter: Interrupter, tmp_path: Path
+) -> None:
+    """Wherever an interrupt comes, no frame of what writes and reads files shows tokens or a KV cache."""
+    path = tmp_path / "file"
+    saving.slots.save(saved, path)
+    for action in (
+        partial(saving.slots.save, saved, path),
+        lambda: saving.slots.restore(path).close(),
+    ):
+        point = 0
+        while True:
+            point += 1
+            error = interrupter.run(action, point)
+            if interrupter.reached < point:
+                break
+            told = variables(error)
+            ear.heard += [one for one in told if one.startswith("inference_session._file.")]
+        assert point > 30
+    ear.heard = [NAMES.sub("", saying) for saying in ear.heard]
 
 
 def test_crash_reports_of_an_eviction(ear: Ear, engine: Engine) -> None:

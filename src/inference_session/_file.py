@@ -259,14 +259,23 @@ def _read_head(file: BufferedReader, path: str) -> _Head:
         raise SessionFileError(path, f"its format is {version}, and only {_VERSION} is known here")
     if status.st_size < len(fixed) + key_length + _CHECKSUM.size + 4 * count:
         raise _damaged(path)
-    key, checksum = file.read(key_length), file.read(_CHECKSUM.size)
-    if checksum != _CHECKSUM.pack(crc32(key, crc32(fixed))) or covered > count:
+    key = _read_key(file, path, key_length, crc32(fixed))
+    if covered > count:
         raise _damaged(path)
+    return _Head(UUID(bytes=id_bytes), key, count, covered, *numbers)
+
+
+def _read_key(file: BufferedReader, path: str, length: int, checksum: int) -> str:
+    """Read the key, and compare the checksum of all so far."""
+    key = file.read(length)
     try:
-        text = key.decode("utf-8", "surrogatepass")
+        if file.read(_CHECKSUM.size) == _CHECKSUM.pack(crc32(key, checksum)):
+            return key.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
-        raise _damaged(path) from None
-    return _Head(UUID(bytes=id_bytes), text, count, covered, *numbers)
+        pass
+    finally:
+        key = b""  # a traceback keeps this frame, and with a wrong length, these may be tokens
+    raise _damaged(path)
 
 
 def _read_tokens(file: BufferedReader, path: str, head: _Head, session: Session) -> None:
