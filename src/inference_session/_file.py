@@ -184,14 +184,16 @@ class _CachePart(RawIOBase):
 
 
 def _flush_folder(path: str) -> None:
-    """Flush the name of a file to the disk, except on Windows, which can't open a folder."""
-    if os.name != "nt":
+    """Flush the name of a file to the disk, if its folder may be read. Windows opens no folders."""
+    try:
         # In one instant, or an interrupt could lose the file descriptor.
         [folder] = map(os.open, (os.path.dirname(path),), (os.O_RDONLY,))  # noqa: PTH120
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    except PermissionError:
+        return
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 # Reading
