@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,18 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]
-Batch = Sequence[tuple["KVCache", Tokens]]
+Batch = Sequence[tuple["Cache", Tokens]]
+
+
+class Cache(Protocol):
+    """A KV cache, as the model sees it: `KVCache` is one."""
+
+    length: int
+    """How many tokens it covers; the model moves it at the end of a pass."""
+
+    def write(self, index: int, keys_values: Floats, /) -> tuple[Floats, Floats]:
+        """Put keys and values behind the tokens of layer `index`; return all of the layer."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
