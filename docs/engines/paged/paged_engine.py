@@ -103,6 +103,17 @@ class BlockPool:
         self._dropped.append(dropped)
         return table
 
+    def share(self, table: BlockTable, length: int) -> BlockTable:
+        """Return another table with the blocks of at most the first `length` tokens."""
+        shared = self.create()
+        with self._books():
+            shared.length = min(table.length, length)
+            shared.blocks = table.blocks[: self.blocks_for(shared.length)]
+            shared.keys = table.keys[: shared.length // self.block_size]
+            for block in shared.blocks:
+                self._references[block] += 1
+        return shared
+
     def release(self, table: BlockTable) -> None:
         """Drop all blocks."""
         self.truncate(table, 0)
@@ -247,6 +258,7 @@ class PagedEngine:
             create=self.pool.create,
             length=lambda table: table.length,
             truncate=self.pool.truncate,
+            share=self.pool.share,
             release=self.pool.release,
             nbytes=self.pool.nbytes,
         )

@@ -277,6 +277,30 @@ def test_a_part_of_a_block_is_given_up_for_all_of_it(engine: PagedEngine) -> Non
         assert decode(engine, slow, 8) == expected
 
 
+@pytest.mark.parametrize("length", [1, 4 * SIZE, 4 * SIZE + 1, 5 * SIZE - 1, len(PROMPT)])
+def test_a_branch_shares_its_blocks(engine: PagedEngine, length: int) -> None:
+    """Branches hold nothing of their own until they write, and then at most a block each."""
+    growing = LlamaEngine(MODEL)
+    expected = [answer(growing, [*PROMPT[:length], number], 6) for number in range(3)]
+    with Session() as session:
+        engine.prefill(session, PROMPT)
+        held = engine.pool.held
+        with engine.slots.borrow(session) as state:
+            branches = [state.branch(length) for _ in range(3)]
+        assert engine.pool.held == held
+        tables = [table_of(engine, one) for one in (session, *branches)]
+        assert [table.length for table in tables[1:]] == [length - 1] * 3
+        check_books(engine.pool, tables)
+        for number, branch in enumerate(branches):
+            engine.prefill(branch, [number])
+        assert engine.pool.held <= held + 3
+        check_books(engine.pool, tables)
+        assert [decode(engine, branch, 6) for branch in branches] == expected
+        assert decode(engine, session, 6) == answer(growing, PROMPT, 6)
+        for branch in branches:
+            branch.close()
+
+
 # Room
 
 
@@ -428,6 +452,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("close"), st.none()),
     st.tuples(st.just("fail"), st.integers(0, 2)),
     st.tuples(st.just("batch"), st.integers(0, 3)),
+    st.tuples(st.just("branch"), st.integers(0, 40)),
 )
 
 
@@ -485,6 +510,14 @@ class Machine:
         """Decode with a model that fails half-way."""
         self.model.failures.append(layer)
         self.decode(number, session, history, None)
+
+    def branch(self, number: int, session: Session, history: list[int], length: int) -> None:
+        """Let the next session be a branch of this one."""
+        with self.engine.slots.borrow(session) as state:
+            branch = state.branch(min(length, len(history)))
+        other = (number + 1) % 4
+        self.sessions[other].close()
+        self.sessions[other], self.histories[other] = branch, history[:length]
 
     def batch(self, number: int, session: Session, history: list[int], count: int) -> None:
         """Decode some sessions at once."""
