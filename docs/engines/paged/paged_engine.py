@@ -44,13 +44,13 @@ class BlockTable:
         Returns all keys and all values of the layer, (K, length + R, d) each, gathered from the
         blocks: NumPy has no kernel that attends to blocks where they are.
         """
-        size, layer = self._pool.block_size, self._pool.layers[index]
-        heads, end = layer.shape[0], self.length + len(keys_values)
-        places, blocks = np.arange(self.length, end), np.array(self.blocks)
+        layer, size = self._pool.layers[index], self._pool.block_size
+        end = self.length + len(keys_values)
+        blocks, places = np.array(self.blocks), np.arange(self.length, end)
         layer[:, blocks[places // size], places % size] = keys_values.transpose(1, 0, 2)
-        gathered = layer.take(blocks[: -(-end // size)], axis=1)
-        gathered = gathered.reshape(heads, -1, layer.shape[3])[:, :end]
-        return gathered[: heads // 2], gathered[heads // 2 :]
+        gathered = layer.take(blocks[: self._pool.blocks_for(end)], axis=1)
+        keys, values = np.split(gathered.reshape(len(layer), -1, layer.shape[3])[:, :end], 2)
+        return keys, values
 
 
 class BlockPool:
@@ -196,8 +196,9 @@ class BlockPool:
 
     def _key(self, table: BlockTable, index: int, history: Sequence[int]) -> bytes:
         """Return the key of a table's next full block."""
+        before = table.keys[index - 1] if index else b""
         tokens = _array(history[index * self.block_size : (index + 1) * self.block_size])
-        return sha256(b"".join([*table.keys[index - 1 : index], tokens.tobytes()])).digest()
+        return sha256(before + tokens.tobytes()).digest()
 
     def _lacking(self, table: BlockTable, count: int) -> int:
         """Return how many blocks `reserve` takes for a table."""
@@ -206,20 +207,22 @@ class BlockPool:
 
     def _is_shared(self, table: BlockTable) -> bool:
         """Return whether the next token goes to a block that other tables have, too."""
-        written = table.blocks[table.length // self.block_size :][:1]
-        return any(self._references[block] > 1 for block in written)
+        index = table.length // self.block_size
+        return index < len(table.blocks) and self._references[table.blocks[index]] > 1
 
     def _make_writable(self, table: BlockTable) -> None:
         """Let the block that the next token goes to be the table's alone, and unpublished."""
         index, used = divmod(table.length, self.block_size)
-        for block in table.blocks[index : index + 1]:
-            if self._references[block] == 1:
-                self._withdraw(block)
-            else:
-                copy = self._allocate()
-                self.layers[:, :, copy, :used] = self.layers[:, :, block, :used]
-                table.blocks[index] = copy
-                self._references[block] -= 1
+        if index == len(table.blocks):
+            return
+        block = table.blocks[index]
+        if not self._is_shared(table):
+            self._withdraw(block)
+            return
+        copy = self._allocate()
+        self.layers[:, :, copy, :used] = self.layers[:, :, block, :used]
+        table.blocks[index] = copy
+        self._references[block] -= 1
 
     def _allocate(self) -> int:
         block, _ = self._free.popitem(last=False)

@@ -73,8 +73,9 @@ class Scheduler:
     async def __aexit__(self, *_: object) -> None:
         if self._task is not None:
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task])
+            if not self._task.cancelled():
+                self._task.result()  # Raises what has ended it.
 
     async def submit(
         self,

@@ -39,12 +39,20 @@ def engine() -> Iterator[PagedEngine]:
 
 
 def check_books(pool: BlockPool, tables: Sequence[BlockTable]) -> None:
-    """Require that each block is counted for each table that has it, and is free if none has."""
+    """Require that each block is counted for each table that has it, and is free if none has.
+
+    Between borrows a table has just the blocks that it needs, each under its own key or none.
+    """
     held = Counter(block for table in tables for block in table.blocks)
     assert pool.held == len(held)
     assert pool._references == [held[block] for block in range(pool.num_blocks)]
     assert sorted([*pool._free, *held]) == list(range(pool.num_blocks))
     assert {block: key for key, block in pool._published.items()} == pool._keys
+    for table in tables:
+        assert len(table.blocks) == pool.blocks_for(table.length)
+        assert len(table.keys) == table.length // pool.block_size
+        for block, key in zip(table.blocks, table.keys, strict=False):
+            assert pool._keys.get(block, key) == key
 
 
 def table_of(engine: PagedEngine, session: Session) -> BlockTable:

@@ -1,11 +1,15 @@
 """Measures what batches and shared blocks save, and what paging costs; prints the page's tables.
 
+Run it at the root of a checkout, with NumPy on one thread:
+
+    export OPENBLAS_NUM_THREADS=1 PYTHONPATH=.:docs/engines/paged:docs/engines/numpy
+    python docs/engines/paged/measure_paged.py
+
 The time of a step is the tenth percentile of rounds that take turns.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
@@ -15,7 +19,7 @@ from tests.benchmarks.measuring import fastest_of
 
 import smollm2
 from inference_session import Session
-from llama_model import Llama, random_model
+from llama_model import Llama
 from numpy_llama import LlamaEngine
 from paged_engine import PagedEngine
 
@@ -95,10 +99,6 @@ def sharing(model: Llama, count: int, system: int, own: int) -> None:
 
 
 if __name__ == "__main__":
-    if "--quick" in sys.argv:
-        throughput(random_model(0), 32, 0.01)
-        sharing(random_model(0), 8, 64, 16)
-    else:
-        model, _ = smollm2.load(smollm2.find_weights())
-        throughput(model, 128, 4)
-        sharing(model, 64, 256, 16)
+    smollm, _ = smollm2.load(smollm2.find_weights())
+    throughput(smollm, length=128, seconds=4)
+    sharing(smollm, count=64, system=256, own=16)
