@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from hashlib import sha256
 
 import numpy as np
@@ -68,9 +67,9 @@ class BlockPool:
     A free block stays published until it is used for something else, the longest unused one first.
 
     Tables drop their blocks without the lock, into a queue that the next holder of the lock
-    empties: the garbage collector may end a session in the middle of any method here. Where two
-    lines must both happen, an interrupt in between costs the pool a block, and never frees one in
-    use.
+    empties: the garbage collector may end a session in the middle of any method here. Two lines
+    that belong together are in such an order that an interrupt between them may cost the pool some
+    blocks, but never frees or publishes one that is being written to.
     """
 
     def __init__(self, config: LlamaConfig, num_blocks: int, block_size: int) -> None:
@@ -106,7 +105,8 @@ class BlockPool:
     def share(self, table: BlockTable, length: int) -> BlockTable:
         """Return another table with the blocks of at most the first `length` tokens."""
         shared = self.create()
-        with self._books():
+        with self._lock:
+            self._count_dropped()
             shared.length = min(table.length, length)
             shared.blocks = table.blocks[: self.blocks_for(shared.length)]
             shared.keys = table.keys[: shared.length // self.block_size]
@@ -127,7 +127,8 @@ class BlockPool:
     @property
     def held(self) -> int:
         """How many blocks are in tables; the others are free."""
-        with self._books():
+        with self._lock:
+            self._count_dropped()
             return self.num_blocks - len(self._free)
 
     def blocks_for(self, length: int) -> int:
@@ -139,7 +140,8 @@ class BlockPool:
 
         Raises `MemoryError` if the pool has too few free blocks.
         """
-        with self._books():
+        with self._lock:
+            self._count_dropped()
             needed = sum(self._lacking(table, count) for table, count in batch)
             if needed > len(self._free):
                 msg = (
@@ -154,12 +156,14 @@ class BlockPool:
 
     def publish(self, table: BlockTable, history: Sequence[int]) -> None:
         """Publish the blocks that the last pass has filled with the tokens of `history`."""
-        with self._books():
+        with self._lock:
+            self._count_dropped()
             for index in range(len(table.keys), table.length // self.block_size):
                 key, block = self._key(table, index, history), table.blocks[index]
                 table.keys.append(key)
                 if key not in self._published:
-                    self._published[key], self._keys[block] = block, key
+                    self._keys[block] = key
+                    self._published[key] = block
 
     def reuse(self, table: BlockTable, history: Sequence[int]) -> int:
         """Let a table take published blocks for its next tokens, but not for the last.
@@ -167,7 +171,8 @@ class BlockPool:
         Returns how many more tokens it covers.
         """
         before, size = table.length, self.block_size
-        with self._books():
+        with self._lock:
+            self._count_dropped()
             for index in range(before // size, (len(history) - 1) // size):
                 key = self._key(table, index, history)
                 block = self._published.get(key)
@@ -184,15 +189,12 @@ class BlockPool:
 
     # The books, with the lock held
 
-    @contextmanager
-    def _books(self) -> Generator[None]:
-        with self._lock:
-            while self._dropped:
-                for block in reversed(self._dropped.popleft()):  # A prefix is used the longest.
-                    self._references[block] -= 1
-                    if not self._references[block]:
-                        self._free[block] = None
-            yield
+    def _count_dropped(self) -> None:
+        while self._dropped:
+            for block in reversed(self._dropped.popleft()):  # A prefix is used the longest.
+                self._references[block] -= 1
+                if not self._references[block]:
+                    self._free[block] = None
 
     def _key(self, table: BlockTable, index: int, history: Sequence[int]) -> bytes:
         """Return the key of a table's next full block."""
@@ -232,9 +234,10 @@ class BlockPool:
 
     def _withdraw(self, block: int) -> None:
         """Take back a published block, before something else is written to it."""
-        key = self._keys.pop(block, None)
+        key = self._keys.get(block)
         if key is not None:
-            del self._published[key]
+            self._published.pop(key, None)
+            del self._keys[block]
 
 
 class PagedEngine:

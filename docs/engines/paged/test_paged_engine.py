@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
+from itertools import chain
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.serving import OTHER, PROMPT, PROMPTS, VOCAB_SIZE, Serving, answer, decode, look
 
+import paged_engine
 from inference_session import Session
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 from inference_session.testing import parametrize_with_checks
@@ -88,6 +94,12 @@ def fail_after(
         state.append(tokens)
         engine._feed_all_but_last(state)
         raise error
+
+
+@cache
+def right_answer(history: tuple[int, ...], count: int) -> list[int]:
+    """Return the tokens that the engine with growing caches adds."""
+    return answer(LlamaEngine(MODEL), history, count)
 
 
 # Sessions
@@ -398,6 +410,77 @@ def test_a_block_published_in_a_step_that_is_rolled_back_is_right(engine: PagedE
         assert decode(engine, other, 10) == answer(LlamaEngine(MODEL), PROMPT, 10)
 
 
+# The end of a block is an event in the line of its `with`, where no signal is ever delivered.
+SOURCE = Path(paged_engine.__file__).read_text().splitlines()
+WITHS = {number for number, line in enumerate(SOURCE, 1) if line.lstrip().startswith("with ")}
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before a line of the pool's code, counted from the beginning."""
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __enter__(self) -> Self:
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
+        return self._line if frame.f_code.co_qualname.startswith("BlockPool.") else None
+
+    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line" and frame.f_lineno not in WITHS:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self._line
+
+
+def use_all_of_the_pool(engine: PagedEngine, first: Session, second: Session) -> None:
+    """Do all that a pool is for."""
+    engine.prefill(first, PROMPT[:14])
+    engine.prefill(second, PROMPT[:14])  # Takes three blocks.
+    with engine.slots.borrow(first) as state:
+        state.rewind(2, pending=0)  # Gives back two of them.
+        branch = state.branch()
+    engine.prefill(branch, [1, 2])  # Copies the third.
+    engine.prefill(second, OTHER[:9])
+    with engine.slots.borrow(second) as state:
+        state.rewind(18, pending=0)
+    engine.prefill(second, [4, 5, 6])  # Withdraws a block.
+    branch.close()
+    engine.decode_batch([first, second])
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a branch that an interrupt took away
+def test_an_interrupt_anywhere_in_the_pool_never_makes_a_token_wrong() -> None:
+    """Before each line of it, one after another: blocks may be lost, but none is in use twice."""
+    line, left = 0, 0
+    while left == 0:
+        line += 1
+        engine = PagedEngine(MODEL, num_blocks=30, block_size=SIZE, chunk=5)
+        sessions = [Session(), Session()]
+        with suppress(KeyboardInterrupt), Interrupt(line) as interrupt:
+            use_all_of_the_pool(engine, *sessions)
+        left = interrupt.left
+        tables = [table_of(engine, session) for session in sessions]
+        held = {*chain(*(table.blocks for table in tables))}
+        assert engine.pool.held >= len(held)
+        assert not engine.pool._free.keys() & held
+        for session in sessions:
+            history, _ = look(engine, session)
+            engine.prefill(session, [7])
+            assert decode(engine, session, 4) == right_answer((*history, 7), 4)
+        for prompt in ([*PROMPT[:14], *OTHER[:9]], PROMPT[:8]):
+            assert answer(engine, prompt, 4) == right_answer(tuple(prompt), 4)
+        for session in sessions:
+            session.close()
+    assert line > 200
+
+
 def test_release_never_waits(engine: PagedEngine) -> None:
     """The garbage collector may end a session, or a step, while this very thread has the lock."""
     session, stepped = Session(), Session()
@@ -445,12 +528,6 @@ def test_threads_share_a_pool(engine: PagedEngine) -> None:
 # Anything
 
 
-@cache
-def next_token(history: tuple[int, ...]) -> int:
-    """Return the token that the engine with growing caches adds."""
-    return answer(LlamaEngine(MODEL), history, 1)[0]
-
-
 FEW_TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple)
 OPERATIONS = st.one_of(
     st.tuples(st.just("prefill"), FEW_TOKENS),
@@ -496,7 +573,7 @@ class Machine:
     def decode(self, number: int, session: Session, history: list[int], _: object) -> None:
         """Decode, if there is room."""
         token = self.engine.decode(session).token
-        assert token == next_token(tuple(history))
+        assert token == right_answer(tuple(history), 1)[0]
         history.append(token)
 
     def rewind(self, number: int, session: Session, history: list[int], length: int) -> None:
@@ -532,7 +609,7 @@ class Machine:
         some = [*range(number, 4), *range(number)][: count + 1]
         results = self.engine.decode_batch([self.sessions[one] for one in some])
         for one, result in zip(some, results, strict=True):
-            assert result.token == next_token(tuple(self.histories[one]))
+            assert result.token == right_answer(tuple(self.histories[one]), 1)[0]
             self.histories[one].append(result.token)
 
 
