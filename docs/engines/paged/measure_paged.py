@@ -5,14 +5,15 @@ Run it at the root of a checkout, with NumPy on one thread:
     export OPENBLAS_NUM_THREADS=1 PYTHONPATH=.:docs/engines/paged:docs/engines/numpy
     python docs/engines/paged/measure_paged.py
 
-The time of a step is the tenth percentile of rounds that take turns.
+Times are those of the CPU, as they stand still while other programs run; a step's is the tenth
+percentile of rounds that take turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 from tests.benchmarks.measuring import fastest_of
@@ -51,9 +52,9 @@ def step(
     """Measure the seconds of a batch's step, from the same length each time."""
 
     def measure() -> float:
-        start = perf_counter()
+        start = process_time()
         engine.decode_batch(sessions)
-        seconds = perf_counter() - start
+        seconds = process_time() - start
         with engine.slots.borrow_all(sessions) as states:
             for state in states:
                 state.rewind(length)
@@ -89,10 +90,10 @@ def sharing(model: Llama, count: int, system: int, own: int) -> None:
     rows: list[tuple[float, int]] = []
     for beginnings in (together, apart):
         engine = PagedEngine(model, num_blocks=count * ((system + own) // 16 + 1))
-        start = perf_counter()
+        start = process_time()
         with conversations(engine, beginnings) as sessions:
             engine.decode_batch(sessions)
-            rows.append((perf_counter() - start, engine.pool.held))
+            rows.append((process_time() - start, engine.pool.held))
     (fast, few), (slow, many) = rows
     print(f"| seconds | {fast:.1f} | {slow:.1f} | {slow / fast:.1f} |")
     print(f"| blocks | {few} | {many} | {many / few:.1f} |")

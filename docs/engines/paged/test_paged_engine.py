@@ -363,6 +363,22 @@ def test_a_full_pool_fails_a_step_and_evicting_makes_room() -> None:
     assert engine.pool.held == 0
 
 
+def test_a_copy_needs_room_as_well() -> None:
+    """A branch that must copy a block fails before anything is written, if none is free."""
+    engine = PagedEngine(MODEL, num_blocks=5, block_size=SIZE)
+    with Session() as session:
+        engine.prefill(session, PROMPT[:18])
+        with engine.slots.borrow(session) as state:
+            branch = state.branch()
+        tables = [table_of(engine, session), table_of(engine, branch)]
+        with pytest.raises(MemoryError, match="1 more blocks are needed, and 0 of"):
+            engine.decode(branch)
+        check_books(engine.pool, tables)
+        engine.slots.evict(session)
+        assert decode(engine, branch, 2) == right_answer(tuple(PROMPT[:18]), 2)
+        branch.close()
+
+
 def test_nbytes_are_those_of_the_blocks(engine: PagedEngine) -> None:
     """A budget counts what a session holds, in blocks."""
     with Session() as session:
