@@ -96,7 +96,7 @@ def sharing(model: Llama, count: int, system: int, own: int) -> None:
             rows.append((process_time() - start, engine.pool.held))
     (fast, few), (slow, many) = rows
     print(f"| seconds | {fast:.1f} | {slow:.1f} | {slow / fast:.1f} |")
-    print(f"| blocks | {few} | {many} | {many / few:.1f} |")
+    print(f"| blocks held | {few} | {many} | {many / few:.1f} |")
 
 
 if __name__ == "__main__":

@@ -20,4 +20,4 @@ def test_throughput(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sharing(capsys: pytest.CaptureFixture[str]) -> None:
     """Eight conversations share four blocks, and have one each of their own, or have five each."""
     sharing(random_model(0), count=8, system=64, own=15)
-    assert capsys.readouterr().out.splitlines()[-1] == "| blocks | 12 | 40 | 3.3 |"
+    assert capsys.readouterr().out.splitlines()[-1] == "| blocks held | 12 | 40 | 3.3 |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -516,6 +517,44 @@ def test_release_never_waits(engine: PagedEngine) -> None:
         gc.collect()
     assert engine.pool.held == 0
     stepped.close()
+
+
+class CountingLock:
+    """Counts how often it is taken."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self.taken += 1
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_the_books_are_changed_under_the_lock(
+    engine: PagedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What looks at blocks or counts them takes the lock, once; what gives them back does not."""
+    pool, lock = engine.pool, CountingLock()
+    monkeypatch.setattr(pool, "_lock", lock)
+    table = pool.create()
+    taking: list[Callable[[], object]] = [
+        lambda: pool.reserve([(table, 8)]),
+        lambda: pool.publish(table, PROMPT),
+        lambda: pool.reuse(table, PROMPT),
+        lambda: pool.share(table, 0),
+        lambda: pool.held,
+    ]
+    for number, use in enumerate(taking, 1):
+        use()
+        assert lock.taken == number
+    pool.truncate(table, 0)
+    pool.nbytes(table)
+    pool.release(table)
+    assert lock.taken == len(taking)
 
 
 def test_threads_share_a_pool(engine: PagedEngine) -> None:
