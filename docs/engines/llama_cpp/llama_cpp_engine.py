@@ -13,9 +13,11 @@ import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from hashlib import blake2b
 from operator import index
 from pathlib import Path
-from typing import NamedTuple
+from struct import Struct
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +35,11 @@ except ModuleNotFoundError as error:
 Logits = NDArray[np.float32]
 
 # A checkpoint of a sequence has its recurrent states, and the tokens in its windows.
+_ALL = L.llama_state_seq_flags(L.LLAMA_STATE_SEQ_FLAGS_NONE)
 _PARTIAL = L.llama_state_seq_flags(L.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+
+# In a file, before the bytes of a state: how many tokens it covers, and how many bytes there are.
+_PART = Struct("<QQ")
 
 # It writes a lot to standard error, tokens included. To see it, set the level before. (In this
 # version of the binding, warnings count as errors, and errors as debugging.)
@@ -137,7 +143,9 @@ class LlamaContext:
         self._stateful = L.llama_model_is_recurrent(model) or L.llama_model_is_hybrid(model)
         self._window = 0 if self._stateful else L.llama_model_n_swa(model)
         self._spacing = max(32, self._window // 4)  # Of checkpoints, in tokens.
-        self._checkpoints = checkpoints if self._stateful or (self._window and not swa_full) else 0
+        self._partial = self._stateful or (self._window > 0 and not swa_full)
+        self._checkpoints = checkpoints if self._partial else 0
+        self._identity = _identify(path, exact, swa_full)
 
     def create(self) -> KVSequence:
         """Take a free sequence; raise `OutOfSequencesError` if there is none."""
@@ -171,6 +179,48 @@ class LlamaContext:
             sequence.checkpoints = [it for it in sequence.checkpoints if it.length <= length]
             if not self._cut(sequence, length):
                 self._restore(sequence)
+        return sequence
+
+    def share(self, sequence: KVSequence, length: int) -> KVSequence:
+        """Return another sequence that has the first `length` tokens, or fewer, as `truncate`.
+
+        They are in the same cells of the KV cache. States and windows are copied: llama.cpp never
+        overwrites the cells of a window that two sequences share, and would soon have no room.
+        """
+        other = self.create()
+        with self._lock:
+            L.llama_memory_seq_cp(self._memory, sequence.id, other.id, -1, -1)
+            other.length = sequence.length
+            other.checkpoints = [it for it in sequence.checkpoints if it.length <= length]
+            whole = self._cut(other, length)
+            if whole and self._partial:
+                self._add_checkpoint(other)
+            if self._partial or not whole:
+                self._restore(other)
+        return other
+
+    def dump(self, sequence: KVSequence, file: BinaryIO) -> None:
+        """Write what the KV cache depends on, the checkpoints of a sequence, and all of it."""
+        with self._lock:
+            self._check_alive()
+            everything = Checkpoint(sequence.length, self._copy(sequence, _ALL))
+        file.write(self._identity)
+        for length, state in [*sequence.checkpoints, everything]:
+            file.write(_PART.pack(length, len(state)))
+            file.write(state)
+
+    def load(self, file: BinaryIO) -> KVSequence:
+        """Read a sequence back; raise `ValueError` if it was written with another model."""
+        if file.read(len(self._identity)) != self._identity:
+            msg = "the KV cache is that of another model, kind of context or version of llama.cpp"
+            raise ValueError(msg)
+        *checkpoints, (length, state) = _read_parts(file)
+        sequence = self.create()  # If anything fails, the object dies, and the id is free again.
+        with self._lock:
+            number = L.llama_seq_id(sequence.id)
+            if not L.llama_state_seq_set_data_ext(self._context, state, len(state), number, _ALL):
+                raise KVCacheFullError(self._no_room(f"the {length} tokens of a file"))
+            sequence.length, sequence.checkpoints = length, checkpoints
         return sequence
 
     def release(self, sequence: KVSequence) -> None:
@@ -235,15 +285,17 @@ class LlamaContext:
             for sequence, tokens in parts:
                 sequence.length += len(tokens)
         elif code == 1:
-            msg = (
-                f"no room for {self._batch.n_tokens} more tokens in a KV cache of {self.n_ctx}: close "
-                "a session, or free the KV cache of one with engine.slots.evict(session), and try again"
-            )
-            raise KVCacheFullError(msg)
+            raise KVCacheFullError(self._no_room(f"{self._batch.n_tokens} more tokens"))
         else:
             reason = {2: "was aborted", -1: "refused the batch"}.get(code, "failed")
             msg = f"llama_decode {reason} (code {code})"
             raise RuntimeError(msg)
+
+    def _no_room(self, tokens: str) -> str:
+        return (
+            f"no room for {tokens} in a KV cache of {self.n_ctx}: close a session, or free the KV "
+            "cache of one with engine.slots.evict(session), and try again"
+        )
 
     def _length(self, sequence: KVSequence) -> int:
         length = int(L.llama_memory_seq_pos_max(self._memory, sequence.id)) + 1
@@ -280,19 +332,33 @@ class LlamaContext:
         points = sequence.checkpoints
         since = sequence.length - (points[-1].length if points else 0)
         soon = self._stateful and count > 1  # A draft may be rejected, or a prompt edited.
-        if not self._checkpoints or since < (1 if soon else self._spacing):
+        if self._checkpoints and since >= (1 if soon else self._spacing):
+            self._add_checkpoint(sequence)
+
+    def _add_checkpoint(self, sequence: KVSequence) -> None:
+        points = sequence.checkpoints
+        if points and points[-1].length == sequence.length:
             return
-        number = L.llama_seq_id(sequence.id)
-        state = (ctypes.c_uint8 * L.llama_state_seq_get_size_ext(self._context, number, _PARTIAL))()
-        L.llama_state_seq_get_data_ext(self._context, state, len(state), number, _PARTIAL)
-        points.append(Checkpoint(sequence.length, state))
-        if len(points) > self._checkpoints:
+        points.append(Checkpoint(sequence.length, self._copy(sequence, _PARTIAL)))
+        if len(points) > max(1, self._checkpoints):
             # The older they are, the farther apart: so the cost of a rewind grows with its length.
             ends = [0, *(it.length for it in points)]
             gaps = [
                 (ends[i + 2] - ends[i]) / (ends[-1] - ends[i + 1]) for i in range(len(points) - 1)
             ]
             del points[gaps.index(min(gaps))]
+
+    def _copy(
+        self, sequence: KVSequence, flags: L.llama_state_seq_flags
+    ) -> ctypes.Array[ctypes.c_uint8]:
+        number = L.llama_seq_id(sequence.id)
+        size = int(L.llama_state_seq_get_size_ext(self._context, number, flags))
+        state = (ctypes.c_uint8 * size)()
+        copied = L.llama_state_seq_get_data_ext(self._context, state, size, number, flags)
+        if copied != size:
+            msg = "llama.cpp can't copy the state of a sequence"
+            raise RuntimeError(msg)
+        return state
 
     def _clear_up(self) -> None:
         self._check_alive()
@@ -306,6 +372,26 @@ class LlamaContext:
         if not self._freed.alive:
             msg = "the interpreter is about to exit, and llama.cpp is freed"
             raise RuntimeError(msg)
+
+
+def _identify(path: Path, *settings: bool) -> bytes:
+    """Return a digest of what a KV cache depends on. Of large weights, it takes samples."""
+    size = path.stat().st_size
+    digest = blake2b(repr((L.__version__, size, settings)).encode(), digest_size=16)
+    with path.open("rb") as file:
+        for start in range(0, size, max(4096, size // 256)):
+            file.seek(start)
+            digest.update(file.read(4096))
+    return digest.digest()
+
+
+def _read_parts(file: BinaryIO) -> list[Checkpoint]:
+    parts: list[Checkpoint] = []
+    while head := file.read(_PART.size):
+        length, size = _PART.unpack(head)
+        state = file.read(size)
+        parts.append(Checkpoint(length, (ctypes.c_uint8 * size).from_buffer_copy(state)))
+    return parts
 
 
 def _free(native: ExitStack, lock: threading.Lock, pid: int) -> None:
@@ -330,6 +416,9 @@ class LlamaCppEngine:
             create=context.create,
             length=context.length,
             truncate=context.truncate,
+            share=context.share,
+            dump=context.dump,
+            load=context.load,
             release=context.release,
             nbytes=context.nbytes,
         )

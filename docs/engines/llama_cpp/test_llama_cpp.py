@@ -6,8 +6,10 @@ import atexit
 import ctypes
 import gc
 import importlib
+import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -16,10 +18,12 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import llama_cpp as L  # noqa: N812
 import numpy as np
 import pytest
+from tests.saving import Saving, check_computed_anew, go_on_elsewhere, saved
 from tests.serving import (
     OTHER,
     PROMPT,
@@ -54,6 +58,7 @@ from llama_cpp_engine import (
     LlamaContext,
     LlamaCppEngine,
     OutOfSequencesError,
+    _identify,
 )
 
 
@@ -633,6 +638,106 @@ def test_guard_is_needed(path: Path) -> None:
     assert run.stdout == ""
 
 
+# Files and branches
+
+
+class TestSaving(Saving):
+    """A session goes on the same in a file and in a branch."""
+
+
+def test_restored_elsewhere(engine: LlamaCppEngine, path: Path, tmp_path: Path) -> None:
+    """A session goes on in another process, and needs nothing of this one."""
+    tokens, expected = saved(engine, tmp_path / "session")
+    code = f"""
+from pathlib import Path
+from llama_cpp_engine import LlamaContext, LlamaCppEngine
+engine = LlamaCppEngine(LlamaContext(Path({str(path)!r}), n_threads=1, exact=True))
+"""
+    assert go_on_elsewhere(code, tmp_path / "session") == [len(tokens) - 1, *expected]
+
+
+@pytest.mark.parametrize(
+    ("write", "options"),
+    [
+        pytest.param(partial(write_llama, seed=1), {}, id="weights"),
+        pytest.param(write_gemma, {}, id="windows"),
+        pytest.param(write_mamba, {}, id="states"),
+        pytest.param(write_llama, {"exact": False}, id="precision"),
+        pytest.param(write_llama, {"swa_full": True}, id="swa_full"),
+    ],
+)
+def test_file_of_another_model(
+    engine: LlamaCppEngine,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    write: Callable[[Path], Path],
+    options: dict[str, bool],
+) -> None:
+    """A KV cache is taken only by the model, and the kind of context, it was computed with."""
+    saved(engine, tmp_path / "session")
+    other = LlamaCppEngine(LlamaContext(model(write), n_threads=1, **{"exact": True, **options}))
+    check_computed_anew(other, tmp_path / "session", caplog, "load raised ValueError")
+    assert free_sequences(other) == 8
+
+
+def test_weights_are_told_apart_anywhere(tmp_path: Path) -> None:
+    """Of a large file, samples from all over it are compared, not its beginning alone."""
+    path, digests = tmp_path / "weights", set[bytes]()
+    for place in [None, 0, 2_000_000, 3_999_999]:
+        content = bytearray(4_000_000)
+        if place is not None:
+            content[place - place % 500_000 : place + 1] = b"x" * (place % 500_000 + 1)
+        path.write_bytes(content)
+        digests.add(_identify(path))
+    assert len(digests) == 4
+
+
+def test_file_without_room(
+    engine: LlamaCppEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A KV cache that finds no sequence, or no room in one, is computed anew when there is."""
+    saved(engine, tmp_path / "session")
+    with Session() as large:
+        engine.prefill(large, PROMPT * 6)
+        with engine.slots.restore(tmp_path / "session") as session:
+            assert "KVCacheFullError" in caplog.messages[-1]
+            large.close()
+            decode(engine, session, 1)
+    with ExitStack() as closing:
+        sessions = fill(engine, closing)
+        session = closing.enter_context(engine.slots.restore(tmp_path / "session"))
+        assert "OutOfSequencesError" in caplog.messages[-1]
+        with engine.slots.borrow(sessions[1]) as state, pytest.raises(OutOfSequencesError):
+            state.branch()
+        sessions[0].close()
+        decode(engine, session, 1)
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("size", [0, 10, 16, 20, 32, 100, -1])
+def test_file_that_ends_early(engine: LlamaCppEngine, size: int) -> None:
+    """A file cut off anywhere is an error in Python: llama.cpp gets what it needs, or nothing."""
+    file = io.BytesIO()
+    with Session() as session:
+        engine.prefill(session, PROMPT)
+        with engine.slots.borrow(session) as state:
+            engine.context.dump(state.kv_cache, file)
+    with pytest.raises((ValueError, struct.error)):
+        engine.context.load(io.BytesIO(file.getvalue()[:size]))
+
+
+def test_state_that_cannot_be_copied(
+    engine: LlamaCppEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If llama.cpp fails to give the bytes, there is no file."""
+    with Session() as session:
+        engine.prefill(session, PROMPT)
+        monkeypatch.setattr(L, "llama_state_seq_get_data_ext", Mock(return_value=0))
+        with pytest.raises(RuntimeError, match="can't copy the state"):
+            engine.slots.save(session, tmp_path / "session")
+    assert not list(tmp_path.iterdir())
+
+
 # Windows, recurrent and hybrid models
 
 SLIDING = {"gemma": write_gemma}
@@ -730,6 +835,41 @@ class TestServingOthers(Serving):
         assert reused <= common
         if common >= 39:
             assert reused >= 39
+
+
+class TestSavingOthers(Saving):
+    """A session goes on the same in a file and in a branch, where a KV cache can't be cut anywhere."""
+
+    @pytest.fixture
+    def engine(self, other: LlamaCppEngine) -> LlamaCppEngine:
+        """Give such an engine."""
+        return other
+
+    def check_shared(self, covered: int, most: int) -> None:
+        """Where it can't be cut, it's shared as far as there is a checkpoint, as where the prompt ended."""
+        assert covered <= most
+        if most >= 39:
+            assert covered >= 39
+
+
+@pytest.mark.parametrize("memory", ["of a window", "of all"])
+@pytest.mark.parametrize("kind", [*SLIDING, *STATEFUL])
+def test_branches_need_no_more_room_than_sessions(kind: str, memory: str) -> None:
+    """As many sessions as there are sequences grow side by side, whether they are branches or not."""
+    engine = make_engine(kind, swa_full=memory == "of all")
+    expected = [answer(engine, [*LONG[:120], number], 30) for number in range(8)]
+    with ExitStack() as closing:
+        sessions = [closing.enter_context(Session())]
+        engine.prefill(sessions[0], LONG[:120])
+        for _ in range(7):
+            with engine.slots.borrow(sessions[-1]) as state:
+                sessions.append(closing.enter_context(state.branch()))
+        assert {look(engine, session)[1] for session in sessions} == {119}
+        for number, session in enumerate(sessions):
+            engine.prefill(session, [number])
+        steps = [engine.decode_batch(sessions) for _ in range(30)]
+    found = [[result.token for result in results] for results in zip(*steps, strict=True)]
+    assert found == expected
 
 
 @pytest.mark.parametrize("memory", ["of a window", "of all"])
