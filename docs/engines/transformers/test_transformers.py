@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import io
 import runpy
+import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,9 +18,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import safetensors
 import torch
 import transformers
-from tests.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, decode, look
+from tests.saving import Saving, check_computed_anew, go_on_elsewhere, saved
+from tests.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, answer, decode, look
 from transformers import (
     AutoModelForCausalLM,
     Cache,
@@ -489,6 +493,102 @@ def test_generate_refuses_what_is_no_continuation(
     assert decode(engine, session, 5) == plain(engine.model, PROMPT, 5)
 
 
+# Files and branches
+
+
+class TestSaving(Saving):
+    """A session goes on the same in a file and in a branch."""
+
+
+def test_restored_elsewhere(engine: TransformersEngine, tmp_path: Path) -> None:
+    """A session goes on in another process, and needs nothing of this one."""
+    tokens, expected = saved(engine, tmp_path / "session")
+    code = f"""
+from transformers_engine import TransformersEngine, random_llama
+engine = TransformersEngine(random_llama(1, vocab_size={VOCAB_SIZE}))
+"""
+    assert go_on_elsewhere(code, tmp_path / "session") == [len(tokens) - 1, *expected]
+
+
+@pytest.mark.parametrize("difference", ["weights", "number", "layers", "precision"])
+def test_file_of_another_model(
+    engine: TransformersEngine,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    difference: str,
+) -> None:
+    """A KV cache is taken only by the model it was computed with: the weights count, not its name."""
+    saved(engine, tmp_path / "session")
+    model: Any = random_llama(2 if difference == "weights" else 1, vocab_size=VOCAB_SIZE)
+    if difference == "number":
+        with torch.no_grad():
+            model.model.layers[2].mlp.up_proj.weight += 0.01
+    elif difference == "layers":
+        del model.model.layers[3]
+        model.config.num_hidden_layers = 3
+    elif difference == "precision":
+        model = model.float()
+    other = TransformersEngine(model)
+    check_computed_anew(other, tmp_path / "session", caplog, "load raised ValueError")
+
+
+def test_model_on_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows which device a layer's part of a file belongs to, so only the tokens are saved."""
+    model = random_llama(1, vocab_size=VOCAB_SIZE)
+    spread = [torch.empty(1, device="meta"), *model.parameters()]
+    monkeypatch.setattr(model, "parameters", lambda: iter(spread))
+    engine = TransformersEngine(model)
+    monkeypatch.undo()
+    tokens, expected = saved(engine, tmp_path / "session")
+    with engine.slots.restore(tmp_path / "session") as session:
+        assert look(engine, session) == (tokens, 0)
+        assert decode(engine, session, 10) == expected
+
+
+@pytest.mark.parametrize("size", [0, 10, 16, 20, 100, 1000, -1])
+def test_file_that_ends_early(engine: TransformersEngine, session: Session, size: int) -> None:
+    """A file cut off anywhere is an error, never a cache with a part of the layers."""
+    file = io.BytesIO()
+    engine.prefill(session, PROMPT)
+    with engine.slots.borrow(session) as state:
+        engine._dump(state.kv_cache, file)
+    with pytest.raises((ValueError, struct.error, safetensors.SafetensorError)):
+        engine._load(io.BytesIO(file.getvalue()[:size]))
+
+
+def test_file_is_written_layer_by_layer(engine: TransformersEngine, session: Session) -> None:
+    """No part of a file is larger than a layer, so there's no second copy of all in memory."""
+
+    class File(io.BytesIO):
+        def write(self, data: Any, /) -> int:
+            sizes.append(len(data))
+            return super().write(data)
+
+    sizes: list[int] = []
+    engine.prefill(session, PROMPT * 10)
+    with engine.slots.borrow(session) as state:
+        engine._dump(state.kv_cache, File())
+        assert max(sizes) < transformers_engine.nbytes(state.kv_cache) / NUM_LAYERS + 1000
+
+
+def test_branches_share_tensors(engine: TransformersEngine, session: Session) -> None:
+    """A branch takes no memory for keys and values, until it grows."""
+    engine.prefill(session, PROMPT)
+    with engine.slots.borrow(session) as state, state.branch(20) as child:
+        parent = {tensor.data_ptr() for tensor in held(state.kv_cache)}
+        with engine.slots.borrow(child) as other:
+            assert {tensor.data_ptr() for tensor in held(other.kv_cache)} == parent
+        engine.decode(child)
+        with engine.slots.borrow(child) as other:
+            assert parent.isdisjoint(tensor.data_ptr() for tensor in held(other.kv_cache))
+
+
+def held(cache: transformers_engine.KV) -> Iterator[torch.Tensor]:
+    """Return all keys and values of a cache without recurrent layers."""
+    assert isinstance(cache, DynamicCache)
+    return transformers_engine.tensors([vars(layer) for layer in layers(cache)])
+
+
 # What is refused
 
 
@@ -791,6 +891,54 @@ def test_kit_with_other_models(name: str) -> None:
         pytest.skip("transformers 4 keeps their states elsewhere")
     model = new_model(name)
     check_engine(lambda: TransformersEngine(model, chunk=4), vocab_size=VOCAB_SIZE, max_examples=1)
+
+
+# phi3 has keys for its caches, which are not known to the tests in common.
+class TestSavingOthers(Saving):
+    """A session goes on the same in a file and in a branch, whatever its layers are."""
+
+    @pytest.fixture(
+        params=[
+            pytest.param(name, marks=SINCE_5 if name in RECURRENT else ())
+            for name in CONFIGS
+            if name != "phi3"
+        ]
+    )
+    def engine(self, request: pytest.FixtureRequest) -> TransformersEngine:
+        """Give an engine of another model."""
+        return TransformersEngine(new_model(request.param), chunk=16)
+
+    def check_shared(self, covered: int, most: int) -> None:
+        """Require that a cache that can't be cut is shared as a whole, at least."""
+        assert covered == most if most == 45 else covered <= most
+
+
+def test_file_of_longrope(tmp_path: Path) -> None:
+    """The key is in the file, so that a cache of a long text is used for a long text again."""
+    engine = TransformersEngine(new_model("phi3"), chunk=16)
+    tokens, expected = saved(engine, tmp_path / "session")
+    assert len(tokens) > ROPE_LIMIT
+    with engine.slots.restore(tmp_path / "session") as session, fed(engine.model) as sizes:
+        assert decode(engine, session, 10) == expected
+        assert sizes == [1] * 10
+
+
+@recurrent("lfm2", "mamba2")
+def test_checkpoints_are_saved_and_shared(name: str, session: Session, tmp_path: Path) -> None:
+    """Sessions from a file or a branch go back as far as the one they are from."""
+    engine = TransformersEngine(new_model(name), chunk=16)
+    engine.prefill(session, PROMPT)
+    decode(engine, session, 5)
+    engine.slots.save(session, tmp_path / "session")
+    with engine.slots.borrow(session) as state:
+        child = state.branch()
+    with child, engine.slots.restore(tmp_path / "session") as restored:
+        for other in child, restored:
+            assert [*counted(engine, other).checkpoints] == [16, 32, 39]
+            with engine.slots.borrow(other) as state:
+                state.rewind(36)
+                assert state.kv_length == 32
+            assert decode(engine, other, 5) == plain(engine.model, PROMPT[:36], 5)
 
 
 # Sliding windows
@@ -1118,6 +1266,25 @@ def test_static_cache_of_a_hybrid_model(session: Session) -> None:
     decode(engine, session, 20)
     assert engine.prompt(session, [*LONG, *OTHER]) == 239
     assert decode(engine, session, 3) == plain(model, LONG + OTHER, 3)
+
+
+def test_other_caches_are_not_saved_but_shared(tmp_path: Path) -> None:
+    """From a file, they are computed anew, with nothing to warn of; a branch has a copy."""
+    model = new_model("qwen3")
+    engine = TransformersEngine(
+        model, cache=lambda: StaticCache(config=model.config, max_cache_len=80)
+    )
+    tokens, expected = saved(engine, tmp_path / "session")
+    with engine.slots.restore(tmp_path / "session") as session:
+        assert look(engine, session) == (tokens, 0)
+        assert decode(engine, session, 10) == expected
+        with engine.slots.borrow(session) as state:
+            child = state.branch()
+        with child:
+            assert look(engine, child)[1] == len(tokens) + 9
+            engine.prefill(child, [1])
+            assert decode(engine, child, 5) == plain(model, [*tokens, *expected, 1], 5)
+        assert decode(engine, session, 5) == answer(engine, tokens, 15)[10:]
 
 
 @SINCE_5

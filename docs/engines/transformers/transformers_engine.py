@@ -8,13 +8,16 @@ pip install transformers==5.23.0
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from hashlib import blake2b
 from inspect import signature
 from operator import index
+from struct import Struct
 from threading import Lock
-from typing import Any, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 from inference_session import Session
 from inference_session.engine import TORN, BorrowedState, DecodeResult, PrefillResult, StateSlots
@@ -22,6 +25,8 @@ from inference_session.engine import TORN, BorrowedState, DecodeResult, PrefillR
 
 try:
     import torch
+    import transformers
+    from safetensors.torch import load, save
     from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -42,6 +47,9 @@ GROWING = {
     "LinearAttentionAndSlidingWindowAttentionLayer",
 }
 """Kinds of layers whose keys and values grow with each token, until a window is full."""
+
+NOTHING_TO_CUT = {"DummyLayer", "LinearAttentionLayer"}
+"""Kinds of layers without keys and values."""
 
 
 def layers(cache: Cache) -> list[Any]:
@@ -82,7 +90,7 @@ def _cut(layer: Any, kept: int) -> bool:
         return True
     if kind in GROWING:
         return _shorten(layer, kept)
-    return kind in {"DummyLayer", "LinearAttentionLayer"}  # They have nothing to cut.
+    return kind in NOTHING_TO_CUT
 
 
 def _shorten(layer: DynamicLayer, kept: int) -> bool:
@@ -189,6 +197,63 @@ def is_recurrent(layer: object) -> bool:
 KV: TypeAlias = Cache | CountedCache
 
 
+# Branches and files
+
+
+def copied(kv: KV) -> KV:
+    """Return another KV cache that covers the same tokens."""
+    other = copy.copy(kv)
+    if isinstance(kv, CountedCache) and isinstance(other, CountedCache):
+        other.cache = cast("Cache", copied(kv.cache))
+        other.checkpoints = dict(kv.checkpoints)
+    elif isinstance(kv, Cache) and isinstance(other, Cache):
+        other.layers = [_copied(layer) for layer in layers(kv)]
+    return other
+
+
+def _copied(layer: Any) -> Any:
+    """Copy a layer; not its keys and values if it replaces them, and never changes them in place."""
+    replaces = type(layer) in {DynamicLayer, DynamicSlidingWindowLayer}
+    return copy.copy(layer) if replaces else copy.deepcopy(layer)
+
+
+def tensors_of(layer: Any) -> dict[str, torch.Tensor]:
+    """Return the keys, values and states of a layer, by name."""
+    found = {name: getattr(layer, name, None) for name in ("keys", "values")}
+    for name in "conv_states", "recurrent_states":
+        for number, state in getattr(layer, name, {}).items():
+            found[f"{name} {number}"] = state
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def fill(layer: Any, saved: dict[str, torch.Tensor], count: int) -> None:
+    """Give an empty layer what `tensors_of` returned of one that covers `count` tokens."""
+    if "keys" in saved:
+        layer.update(saved.pop("keys"), saved.pop("values"))
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = count  # A window was given its end only.
+    update = {"conv_states": "update_conv_state", "recurrent_states": "update_recurrent_state"}
+    for place, state in saved.items():
+        name, number = place.split()
+        getattr(layer, update[name])(state, int(number))
+
+
+_SIZE = Struct("<Q")
+
+
+def write(file: BinaryIO, part: dict[str, torch.Tensor]) -> None:
+    """Write some tensors as safetensors, after their size."""
+    data = save({name: tensor.contiguous() for name, tensor in part.items()})
+    file.write(_SIZE.pack(len(data)))
+    file.write(data)
+
+
+def read(file: BinaryIO, device: torch.device) -> dict[str, torch.Tensor]:
+    """Read the next tensors from a file."""
+    (size,) = _SIZE.unpack(file.read(_SIZE.size))
+    return {name: tensor.to(device) for name, tensor in load(file.read(size)).items()}
+
+
 # The engine
 
 FORGETFUL = frozenset({"falcon_mamba", "jamba", "mamba", "zamba"})
@@ -253,8 +318,20 @@ class TransformersEngine:
         self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
         fixed = [layer.max_cache_len for layer in kinds if type(layer).__name__ == "StaticLayer"]
         self._most = min([self._config("max_position_embeddings"), *fixed])
+        self._kinds = [type(layer).__name__ for layer in kinds]
+        can_save = (
+            bool(kinds)
+            and GROWING.union(NOTHING_TO_CUT).issuperset(self._kinds)
+            and len({weights.device for weights in model.parameters()}) == 1
+        )
         self.slots = StateSlots(
-            create=self._create, length=length, truncate=self._truncate, nbytes=nbytes
+            create=self._create,
+            length=length,
+            truncate=self._truncate,
+            share=self._share,
+            dump=self._dump if can_save else None,
+            load=self._load if can_save else None,
+            nbytes=nbytes,
         )
 
     def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
@@ -374,6 +451,51 @@ class TransformersEngine:
         if most and (kv.cut(most) if isinstance(kv, CountedCache) else cut(kv, most)):
             return kv
         return self._create()
+
+    def _share(self, kv: KV, most: int) -> KV:
+        other = copied(kv)
+        return other if length(kv) <= most else self._truncate(other, most)
+
+    def _dump(self, kv: KV, file: BinaryIO) -> None:
+        """Write what a cache depends on, its length and checkpoints, and its layers, one by one."""
+        file.write(self._identity())
+        saved = {"length": torch.tensor(length(kv))}
+        if isinstance(kv, CountedCache):
+            for count, states in kv.checkpoints.items():
+                saved |= {f"{count} {number}": state for number, state in enumerate(states)}
+            kv = kv.cache
+        write(file, saved)
+        for layer in layers(kv):
+            write(file, tensors_of(layer))
+
+    def _load(self, file: BinaryIO) -> KV:
+        identity = self._identity()
+        if file.read(len(identity)) != identity:
+            raise ValueError("the KV cache is that of another model or version of transformers")
+        device = self.model.device
+        saved = read(file, device)
+        count = int(saved.pop("length"))
+        kv = cache = self._create()
+        if isinstance(kv, CountedCache):
+            cache, kv.count = kv.cache, count
+            for at, number in sorted(
+                (int(at), int(number)) for at, number in map(str.split, saved)
+            ):
+                kv.checkpoints.setdefault(at, []).append(saved[f"{at} {number}"])
+        for layer in layers(cast("Cache", cache)):
+            fill(layer, read(file, device), count)
+        return kv
+
+    def _identity(self) -> bytes:
+        """Return a digest of what a KV cache depends on, with samples of all weights."""
+        config = {**self.model.config.to_dict(), "_name_or_path": ""}
+        facts = transformers.__version__, self._kinds, sorted(config.items())
+        digest = blake2b(repr(facts).encode(), digest_size=16)
+        for name, weights in self.model.named_parameters():
+            digest.update(repr((name, weights.dtype, weights.shape)).encode())
+            sample = weights.detach().flatten()[:: weights.numel() // 8 + 1].contiguous()
+            digest.update(bytes(cast("list[int]", sample.view(torch.uint8).tolist())))
+        return digest.digest()
 
     def _key(self, count: int) -> str:
         return "long" if self._rope_limit is not None and count > self._rope_limit else ""
