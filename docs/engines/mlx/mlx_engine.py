@@ -11,12 +11,16 @@ step isn't over before it is evaluated.
 from __future__ import annotations
 
 import copy
+import io
+import json
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from operator import index
-from typing import Any, Protocol, TypeVar, cast
+from struct import Struct
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from inference_session import Session
 from inference_session.engine import (
@@ -30,6 +34,7 @@ from inference_session.engine import (
 
 try:
     import mlx.core as mx
+    import mlx_lm
     from mlx.utils import tree_flatten, tree_map, tree_map_with_path
     from mlx_lm.models.cache import (
         CacheList,
@@ -150,6 +155,27 @@ class Cache:
         self._checkpoints = [made for made in self._checkpoints if made.length <= length]
         return self
 
+    def share(self, length: int) -> Cache:
+        """Return another cache of the first `length` tokens, or as many of them as possible.
+
+        It takes no memory until it grows: MLX copies an array that is shared when it's changed.
+        """
+        return copy.deepcopy(self).truncate(length)
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write the checkpoints, and then the layers one by one."""
+        checkpoints = [[made.length, made.states] for made in self._checkpoints]
+        write(file, [self._length, checkpoints])
+        for part in self.parts:
+            write(file, without_spare_room(part))
+
+    def load(self, file: BinaryIO) -> None:
+        """Read into an empty cache what `dump` wrote."""
+        self._length, checkpoints = read(file)
+        self._checkpoints = [Checkpoint(length, states) for length, states in checkpoints]
+        for part in self.parts:
+            vars(part).update(read(file))
+
     def _add_checkpoint(self, length: int) -> None:
         if not self._lossy:
             return
@@ -196,6 +222,18 @@ def is_complete(part: LayerCache) -> bool:
     return type(part) in WHOLE + WINDOWS and part.is_trimmable() and not dropped
 
 
+def without_spare_room(part: LayerCache) -> dict[str, object]:
+    """Return what is in a cache, without the room for more tokens, which may hold old ones."""
+
+    def first(array: mx.array) -> mx.array:
+        return array[..., : part.offset, :]
+
+    state: dict[str, object] = dict(vars(part))
+    if type(part) in WHOLE and part.offset:
+        state["keys"], state["values"] = tree_map(first, (state["keys"], state["values"]))
+    return state
+
+
 def detached(leaf: object) -> object:
     """Return an independent copy."""
     # A slice, such as the last tokens before a convolution, would keep its whole source in memory;
@@ -207,6 +245,47 @@ def arrays(tree: object) -> list[mx.array]:
     """Return the arrays in a tree of lists and dicts."""
     leaves = cast("list[tuple[str, object]]", tree_flatten(tree))
     return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
+
+
+# Files: parts in the format of safetensors, each after its size. What isn't an array is JSON in
+# their metadata, where arrays have numbers.
+
+_SIZE = Struct("<Q")
+
+
+def write(file: BinaryIO, tree: object) -> None:
+    """Write a tree of lists and dicts."""
+    found: dict[str, mx.array] = {}
+
+    def outline(tree: object) -> object:
+        if isinstance(tree, mx.array):
+            found[str(len(found))] = tree
+            return {"array": str(len(found) - 1)}
+        if isinstance(tree, dict):
+            return {name: outline(part) for name, part in cast("dict[str, object]", tree).items()}
+        if isinstance(tree, list | tuple):
+            return [outline(part) for part in cast("Sequence[object]", tree)]
+        return tree
+
+    data = io.BytesIO()
+    metadata = {"outline": json.dumps(outline(tree))}
+    mx.save_safetensors(data, found, metadata)
+    file.write(_SIZE.pack(data.tell()))
+    file.write(data.getbuffer())
+
+
+def read(file: BinaryIO) -> Any:
+    """Read a tree that `write` wrote."""
+    (size,) = _SIZE.unpack(file.read(_SIZE.size))
+    data = io.BytesIO(file.read(size))
+    loaded = mx.load(data, format="safetensors", return_metadata=True)
+    found, metadata = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
+    mx.eval(*found.values())
+
+    def named(outline: dict[str, Any]) -> Any:
+        return found[outline["array"]] if outline.keys() == {"array"} else outline
+
+    return json.loads(metadata["outline"], object_hook=named)
 
 
 class MLXEngine:
@@ -236,11 +315,15 @@ class MLXEngine:
         """
         self.model = model
         self.chunk = chunk
-        new_layers = cache or (lambda: make_prompt_cache(cast("Model", model)))
+        self.checkpoints = checkpoints
+        self._new_layers = cache or (lambda: make_prompt_cache(cast("Model", model)))
         self.slots = StateSlots(
-            create=lambda: Cache(new_layers(), checkpoints),
+            create=self._create,
             length=Cache.length,
             truncate=Cache.truncate,
+            share=Cache.share,
+            dump=self._dump,
+            load=self._load,
             nbytes=Cache.nbytes,
         )
         # MLX streams belong to a thread, but a session may move between threads: one must be able
@@ -248,7 +331,7 @@ class MLXEngine:
         self._stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._lock = threading.Lock()
         # Nothing is computed: arrays have shapes before they have values.
-        self._vocab_size = model(mx.array([[0]]), cache=new_layers()).shape[-1]
+        self._vocab_size = model(mx.array([[0]]), cache=self._new_layers()).shape[-1]
 
     def prefill(self, session: Session, tokens: Sequence[int], /) -> PrefillResult:
         """Add tokens and fill the KV cache with all but the last."""
@@ -287,6 +370,34 @@ class MLXEngine:
         choices = self._feed(state.kv_cache, tokens)
         state.advance(len(tokens))
         return choices
+
+    def _create(self) -> Cache:
+        return Cache(self._new_layers(), self.checkpoints)
+
+    def _dump(self, cache: Cache, file: BinaryIO) -> None:
+        with self._lock, mx.stream(self._stream):
+            file.write(self._identity())
+            cache.dump(file)
+
+    def _load(self, file: BinaryIO) -> Cache:
+        cache = self._create()
+        with self._lock, mx.stream(self._stream):
+            identity = self._identity()
+            if file.read(len(identity)) != identity:
+                msg = "the KV cache is that of another model, kind of cache or version of mlx-lm"
+                raise ValueError(msg)
+            cache.load(file)
+        return cache
+
+    def _identity(self) -> bytes:
+        """Return a digest of what a KV cache depends on, with samples of all weights."""
+        kinds = [(type(part).__name__, vars(part)) for part in self._create().parts]
+        arguments = getattr(self.model, "args", None)
+        digest = blake2b(repr((mlx_lm.__version__, arguments, kinds)).encode(), digest_size=16)
+        for weights in arrays(self.model.parameters()):
+            sample = weights.flatten()[:: weights.size // 8 + 1].tolist()
+            digest.update(repr((weights.dtype, weights.shape, sample)).encode())
+        return digest.digest()
 
     def _feed(self, cache: Cache, tokens: Sequence[int]) -> list[int]:
         with self._lock, mx.stream(self._stream), cache.step(len(tokens)):

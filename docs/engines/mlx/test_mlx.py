@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import os
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -24,6 +27,7 @@ import pytest
 from mlx_lm.models import falcon_h1, lfm2, llama4, mamba2, qwen3_next
 from mlx_lm.models.cache import ConcatenateKVCache, QuantizedKVCache, trim_prompt_cache
 from mlx_lm.models.llama import Model, TransformerBlock
+from tests.saving import Saving, check_computed_anew, go_on_elsewhere, saved
 from tests.serving import (
     OTHER,
     PROMPT,
@@ -695,6 +699,130 @@ def test_other_caches(new_cache: Callable[[], LayerCache], reused: int) -> None:
         decode(engine, session, 3)
         assert engine.prompt(session, PROMPT[:30] + OTHER) == reused
         assert decode(engine, session, 5) == answer(engine, PROMPT[:30] + OTHER, 5)
+
+
+# Files and branches
+
+
+class TestSaving(Saving):
+    """A session goes on the same in a file and in a branch."""
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+class TestLossySaving(Saving):
+    """A session goes on the same in a file and in a branch, whatever the layers can forget."""
+
+    @pytest.fixture
+    def engine(self, kind: str) -> MLXEngine:
+        """Give an engine."""
+        return MLXEngine(lossy_model(kind), chunk=16)
+
+    def check_shared(self, covered: int, most: int) -> None:
+        """Where it can't be cut, it's shared as far as there is a checkpoint."""
+        assert covered in (most, most // 16 * 16, 39)
+        assert covered <= most
+
+    def test_file_has_checkpoints(self, engine: MLXEngine, tmp_path: Path) -> None:
+        """A session from a file goes back as far as the one that was saved."""
+        with Session() as session:
+            engine.prefill(session, PROMPT)
+            decode(engine, session, 5)
+            engine.slots.save(session, tmp_path / "session")
+            found: list[int] = []
+            for other in session, engine.slots.restore(tmp_path / "session"):
+                with other:
+                    found.append(engine.prompt(other, PROMPT[:36] + OTHER))
+        assert found[0] == found[1] >= 32
+
+
+def test_restored_elsewhere(engine: MLXEngine, tmp_path: Path) -> None:
+    """A session goes on in another process, and needs nothing of this one."""
+    tokens, expected = saved(engine, tmp_path / "session")
+    code = f"""
+import mlx.core as mx
+from mlx_engine import MLXEngine, random_model
+mx.set_default_device(mx.Device(mx.DeviceType.cpu))
+engine = MLXEngine(random_model(1, vocab_size={VOCAB_SIZE}, num_layers={NUM_LAYERS}))
+"""
+    assert go_on_elsewhere(code, tmp_path / "session") == [len(tokens) - 1, *expected]
+
+
+def quantized(bits: int) -> MLXEngine:
+    """Return an engine with quantized caches."""
+    args = replace(random_model(1).args, hidden_size=128, num_hidden_layers=2)
+    model = with_random_weights(Model(args), 1)
+    new_cache = partial(QuantizedKVCache, 32, bits)
+    return MLXEngine(model, chunk=16, cache=lambda: [new_cache() for _ in model.layers])
+
+
+class TestQuantizedSaving(Saving):
+    """A session goes on the same in a file and in a branch, with quantized caches."""
+
+    @pytest.fixture
+    def engine(self) -> MLXEngine:
+        """Give such an engine."""
+        return quantized(8)
+
+
+OTHERS: dict[str, Callable[[], MLXEngine]] = {
+    "weights": lambda: MLXEngine(random_model(2, num_layers=NUM_LAYERS)),
+    "layers": lambda: MLXEngine(random_model(1, num_layers=NUM_LAYERS + 1)),
+    "windows": lambda: MLXEngine(lossy_model("window-16")),
+    "states": lambda: MLXEngine(lossy_model("mamba2")),
+    "quantized": lambda: quantized(4),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_file_of_another_model(
+    engine: MLXEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    """A KV cache is taken only by the model, and the kind of cache, it was computed with."""
+    saved(engine, tmp_path / "session")
+    check_computed_anew(OTHERS[other](), tmp_path / "session", caplog, "load raised ValueError")
+
+
+def test_file_of_other_precision(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same model with caches of eight and of four bits is two."""
+    saved(quantized(8), tmp_path / "session")
+    check_computed_anew(quantized(4), tmp_path / "session", caplog, "load raised ValueError")
+
+
+@pytest.mark.parametrize("size", [0, 10, 16, 20, 30, 100, 1000, -1])
+def test_file_that_ends_early(engine: MLXEngine, size: int) -> None:
+    """A file cut off anywhere is an error, never a cache with a part of the layers."""
+    file = io.BytesIO()
+    with Session() as session:
+        engine.prefill(session, PROMPT)
+        with engine.slots.borrow(session) as state:
+            engine._dump(state.kv_cache, file)
+    with pytest.raises((RuntimeError, ValueError, struct.error)):
+        engine._load(io.BytesIO(file.getvalue()[:size]))
+
+
+def test_file_has_nothing_that_was_taken_back(engine: MLXEngine, tmp_path: Path) -> None:
+    """Tokens that a session forgot are in no file, though mlx-lm leaves them in its arrays."""
+    sizes: list[int] = []
+    for count in 20, 250:
+        with Session() as session:
+            engine.prefill(session, (PROMPT * 7)[:count])
+            engine.prompt(session, PROMPT[:20])
+            engine.slots.save(session, tmp_path / "session")
+            sizes.append((tmp_path / "session").stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+def test_branch_takes_no_memory(engine: MLXEngine) -> None:
+    """A branch shares arrays, until it grows."""
+    with Session() as session:
+        engine.prefill(session, PROMPT)
+        with engine.slots.borrow(session) as state:
+            before = mx.get_active_memory()
+            with state.branch() as child:
+                assert mx.get_active_memory() == before
+                engine.decode(child)
+                nbytes = state.kv_cache.nbytes()
+                assert mx.get_active_memory() >= before + nbytes
 
 
 # Threads
