@@ -47,10 +47,18 @@ class WatchedLlama(Llama):
         return hidden
 
 
-class Counting(Scheduler):
-    """Counts what lost its KV cache."""
+class Watched(Scheduler):
+    """Counts what lost its KV cache, and notes what began, or began again."""
 
-    evicted: int = 0
+    def __init__(self, engine: PagedEngine, *, max_running: int = 32) -> None:
+        super().__init__(engine, max_running=max_running)
+        self.evicted = 0
+        self.begun: list[Session] = []
+
+    def _go_on(self, request: Any, step: Any, value: Any) -> None:
+        if step is next:
+            self.begun.append(request.session)
+        super()._go_on(request, step, value)
 
     def _evict(self, session: Session) -> bool:
         self.evicted += 1
@@ -208,7 +216,7 @@ def test_preempted_requests_get_what_they_would_get_alone(num_blocks: int) -> No
 
     async def test() -> None:
         engine, _ = new_engine(num_blocks)
-        async with Counting(engine, max_running=6) as scheduler:
+        async with Watched(engine, max_running=6) as scheduler:
             answers = await asyncio.gather(
                 *(collect(scheduler.submit(prompt, 40)) for prompt in prompts)
             )
@@ -219,13 +227,36 @@ def test_preempted_requests_get_what_they_would_get_alone(num_blocks: int) -> No
     run(test())
 
 
+def test_a_preempted_request_goes_first() -> None:
+    """It began before those that wait, so none of them overtakes it."""
+
+    async def test() -> None:
+        engine, _ = new_engine(num_blocks=20)
+        sessions = [Session() for _ in range(3)]
+        async with Watched(engine, max_running=2) as scheduler:
+            await asyncio.gather(
+                *(
+                    collect(scheduler.submit([number] * 21, 40 - 10 * number, session=session))
+                    for number, session in enumerate(sessions)
+                )
+            )
+            assert scheduler.evicted > 0
+            begun = [sessions.index(session) for session in scheduler.begun]
+        assert begun == sorted(begun)
+        assert begun.count(1) > 1
+        for session in sessions:
+            session.close()
+
+    run(test())
+
+
 def test_the_session_idle_longest_is_evicted_first() -> None:
     """Idle conversations lose their KV caches before a running request does, the oldest first."""
 
     async def test() -> None:
         engine, _ = new_engine(num_blocks=20)
         sessions = [Session() for _ in range(3)]
-        async with Counting(engine) as scheduler:
+        async with Watched(engine) as scheduler:
             for number, session in enumerate(sessions):
                 await collect(scheduler.submit([number] * 17, 3, session=session))
             await collect(scheduler.submit([7], 1, session=sessions[0]))
