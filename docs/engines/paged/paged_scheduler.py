@@ -41,6 +41,7 @@ class _Request:
     """To the client: tokens, and then None or an error."""
     cancelled: bool = False
     serving: Generator[State, tuple[int, Floats], None] = field(init=False)
+    """Holds the borrow while the request runs."""
     state: State = field(init=False)
 
 
@@ -98,7 +99,11 @@ class Scheduler:
             msg = "the scheduler isn't running: submit within its `async with` block"
             raise RuntimeError(msg)
         request = _Request(
-            session=session or Session(), tokens=tokens, left=max_new, sample=sample, stop=stop
+            session=Session() if session is None else session,
+            tokens=tokens,
+            left=max_new,
+            sample=sample,
+            stop=stop,
         )
         self._waiting.append(request)
         self._work.set()
