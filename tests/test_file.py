@@ -9,7 +9,6 @@ import socket
 import struct
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from uuid import UUID
 import pytest
 from tests.caches import ERRORS, Cache, Fault, Lie, Memory, look, prepare
 from tests.test_fork import in_child, needs_fork
+from tests.threads import in_thread, race
 
 from inference_session import Session, SessionRegistry, _file
 from inference_session.engine import Slot, StateSlots
@@ -290,9 +290,7 @@ def test_closed_meanwhile(path: Path, session: Session, memory: Memory, *, move:
     """A session that is closed while it is saved is in the file, whole, and freed when that is done."""
 
     def dump(cache: Cache, file: BinaryIO) -> None:
-        thread = threading.Thread(target=session.close)
-        thread.start()
-        thread.join()
+        in_thread(session.close)
         assert session.closed
         assert cache.is_live
         memory.dump(cache, file)
@@ -316,6 +314,17 @@ def test_take(saved: Path, session: Session, slots: StateSlots[Cache]) -> None:
     assert caught.value.filename == os.path.realpath(saved)
 
 
+def loading(memory: Memory, load: Callable[[BinaryIO], Cache]) -> StateSlots[Cache]:
+    """Return an engine with a `load` of its own."""
+    return StateSlots(
+        create=memory.create,
+        length=memory.length,
+        dump=memory.dump,
+        load=load,
+        release=memory.release,
+    )
+
+
 def test_take_what_is_saved_anew(
     saved: Path, session: Session, slots: StateSlots[Cache], memory: Memory
 ) -> None:
@@ -329,16 +338,24 @@ def test_take_what_is_saved_anew(
         return loaded[-1]
 
     loaded: list[Cache] = []
-    other = StateSlots(
-        create=memory.create,
-        length=memory.length,
-        dump=memory.dump,
-        load=load,
-        release=memory.release,
-    )
+    other = loading(memory, load)
     with other.restore(saved, take=True) as restored:
         assert look(other, restored) == ([1, 2, 3, 4, 4], 5)
         assert [cache.released for cache in loaded] == [1, 1, 0]
+    assert files(saved) == []
+
+
+def test_take_what_another_takes(saved: Path, memory: Memory) -> None:
+    """Whoever comes second to take a file that both have read gets none."""
+
+    def load(file: BinaryIO) -> Cache:
+        saved.unlink()
+        return memory.load(file)
+
+    other = loading(memory, load)
+    with pytest.raises(FileNotFoundError) as caught:
+        other.restore(saved, take=True)
+    assert caught.value.filename == os.path.realpath(saved)
     assert files(saved) == []
 
 
@@ -363,13 +380,7 @@ def test_take_what_becomes_another_file(
 
     if not links:
         monkeypatch.setattr(os, "link", link)
-    other = StateSlots(
-        create=memory.create,
-        length=memory.length,
-        dump=memory.dump,
-        load=load,
-        release=memory.release,
-    )
+    other = loading(memory, load)
     with pytest.raises(SessionFileError):
         other.restore(saved, take=True)
     assert files(saved) == ["conversation"]
@@ -388,53 +399,30 @@ def test_take_keeps_a_newer_file(saved: Path, session: Session, slots: StateSlot
     assert slots.restore(saved).token_count == 1
 
 
-def take_at_once(slots: StateSlots[Cache], path: Path, count: int) -> list[Session]:
-    """Take one file in many threads at once, and return what they get; the others must learn that there's no file."""
-    taken: list[Session] = []
-    missed: list[FileNotFoundError] = []
-    barrier = threading.Barrier(count)
-
-    def take() -> None:
-        barrier.wait()
-        try:
-            taken.append(slots.restore(path, take=True))
-        except FileNotFoundError as error:
-            missed.append(error)
-
-    threads = [threading.Thread(target=take) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(taken) + len(missed) == count
-    return taken
-
-
 @on_posix
 def test_threads_that_take_one_file(saved: Path, slots: StateSlots[Cache]) -> None:
-    """Of many threads one gets the session."""
+    """Of many threads one gets the session, and the others learn that there's no file."""
+
+    def take() -> Session | None:
+        try:
+            return slots.restore(saved, take=True)
+        except FileNotFoundError:
+            return None
+
     for _ in range(10):
-        [taken] = take_at_once(slots, saved, 16)
+        [taken] = [session for session in race(*[take] * 16) if session is not None]
         assert files(saved) == []
         slots.save(taken, saved, move=True)
 
 
+@on_posix
 def test_threads_that_save_to_one_file(path: Path, slots: StateSlots[Cache]) -> None:
     """The last one's file is there, whole."""
     sessions = [Session() for _ in range(4)]
     for session in sessions:
         with slots.borrow(session) as state:
             state.append([1] * 10_000)
-
-    def save(session: Session) -> None:
-        for _ in range(5):
-            slots.save(session, path)
-
-    threads = [threading.Thread(target=save, args=(session,)) for session in sessions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    race(*[partial(slots.save, session, path) for session in sessions])
     assert files(path) == ["conversation"]
     restored = slots.restore(path)
     assert restored.id in {session.id for session in sessions}

@@ -2,11 +2,12 @@
 
 import os
 import struct
-import subprocess
 import sys
+import traceback
 from array import array
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 from zlib import crc32
@@ -16,16 +17,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tests.caches import Cache, Memory, look
 from tests.interrupts import Interrupt, Interrupter
-from tests.test_fork import UNMEASURED, needs_fork
-from tests.test_interrupts import explain
+from tests.processes import run_python, run_script
+from tests.test_fork import needs_fork
 from tests.tracked_engines import END, Books, MutableCache
 
 from inference_session import Session
 from inference_session.engine import StateSlots
 from inference_session.exceptions import SessionFileError
-
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -178,26 +176,24 @@ def test_an_interrupt_at_every_delivery_point(
     action: Callable[[Story], None],
 ) -> None:
     """Wherever an interrupt comes, the file is whole, the session in one place, and nothing is left behind."""
-    point = 0
-    while True:
-        point += 1
+    for point in count(1):
         story = begin()
         before = descriptors()
         error = interrupter.run(partial(action, story), point)
         if interrupter.reached < point:
+            assert point > 30, "the delivery points are not seen"
+            story.close()
             break
+        where = "".join(traceback.format_exception(error)[-6:])
+        if error is not None:
+            error.__traceback__ = error.__context__ = None
         try:
             story.check()
             story.close()
-            if error is not None:
-                error.__traceback__, error.__context__ = None, None
             assert descriptors() == before
         except BaseException as failure:
-            if error is not None:
-                explain(failure, error, f"delivery point {point}")
+            failure.add_note(f"interrupted at delivery point {point}: {where}")
             raise
-    assert point > 30, "the delivery points are not seen"
-    story.close()
     assert set(swallowed) <= {Interrupt}, "not in a finalizer of a session that was given up"
 
 
@@ -211,13 +207,13 @@ def test_two_interrupts(
     action: Callable[[Story], None],
 ) -> None:
     """Even if a second one comes while the first is dealt with, the conversation is somewhere, whole."""
-    interrupted_twice = point = 0
-    while True:
-        point += 1
+    interrupted_twice = 0
+    for point in count(1):
         story = begin()
         distance = 1 + point % 5
         error = interrupter.run(partial(action, story), point, point + distance)
         if interrupter.reached < point:
+            story.close()
             break
         interrupted_twice += interrupter.reached >= point + distance
         # The counter of delivery points has looked at the leases, and its frames are in the tracebacks.
@@ -225,7 +221,6 @@ def test_two_interrupts(
             error.__traceback__, error = None, error.__context__
         story.check_not_lost()
         story.close()
-    story.close()
     assert interrupted_twice > 10
     assert set(swallowed) <= {Interrupt}
 
@@ -237,15 +232,7 @@ def test_two_interrupts(
 @pytest.mark.parametrize("work", ["save", "move", "take", "share"])
 def test_processes(work: str) -> None:
     """No SIGKILL loses or tears a conversation, and of 16 processes that take one file, one gets it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.scripts.files", work, "1", "10" if work == "share" else "70"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=110,
-        env=UNMEASURED,
-        cwd=ROOT,
-    )
+    done = run_script("files", work, "1", "10" if work == "share" else "70", measured=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -282,12 +269,10 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no measure of memory here")
 def test_memory(path: Path) -> None:
     """A KV cache of 512 MB is saved without a copy in memory."""
-    grown = subprocess.check_output(
-        [sys.executable, "-c", MEMORY, str(path)], env=UNMEASURED, cwd=ROOT
-    )
+    done = run_python("-c", MEMORY, path, measured=False)
     assert path.stat().st_size > 512 << 20
     path.unlink()
-    assert int(grown) < 64 << 10
+    assert int(done.stdout) < 64 << 10
 
 
 # Whoever changes a byte
@@ -366,8 +351,8 @@ fuzzed = settings(
 
 def spliced(content: bytes, splices: list[Splice]) -> bytes:
     """Return the content with some changes."""
-    for start, count, added in splices:
-        content = content[:start] + added + content[start + count :]
+    for start, dropped, added in splices:
+        content = content[:start] + added + content[start + dropped :]
     return content
 
 
