@@ -8,8 +8,10 @@ pip install jax==0.10.2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from operator import index
-from typing import NamedTuple
+from struct import Struct
+from typing import BinaryIO, NamedTuple
 
 from inference_session import Session
 from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
@@ -18,6 +20,7 @@ from inference_session.engine import BorrowedState, DecodeResult, PrefillResult,
 try:
     import jax
     import jax.numpy as jnp
+    import numpy as np
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"no {error.name}: install it with `pip install jax==0.10.2`", name=error.name
@@ -104,6 +107,8 @@ def _turn(heads: jax.Array, positions: jax.Array) -> jax.Array:
 
 # The engine
 
+_LENGTH = Struct("<Q")  # In a file, before the keys and the values.
+
 
 class JaxEngine:
     """An `inference_session.engine.Engine`: any number of sessions, sharing a model.
@@ -122,6 +127,9 @@ class JaxEngine:
             create=self._new_cache,
             length=lambda cache: cache.length,
             truncate=KVCache.truncate,
+            share=KVCache.truncate,
+            dump=self._dump,
+            load=self._load,
             nbytes=lambda cache: cache.keys.nbytes + cache.values.nbytes,
         )
 
@@ -160,6 +168,39 @@ class JaxEngine:
         shape = (layers, self.context_length + self.chunk, heads, head_size)
         empty = jnp.zeros(shape, self.model.embedding.dtype)
         return KVCache(empty, empty, 0)
+
+    def _dump(self, cache: KVCache, file: BinaryIO) -> None:
+        file.write(self._identity())
+        file.write(_LENGTH.pack(cache.length))
+        file.write(np.asarray(cache.keys[:, : cache.length]).tobytes())
+        file.write(np.asarray(cache.values[:, : cache.length]).tobytes())
+
+    def _load(self, file: BinaryIO) -> KVCache:
+        identity = self._identity()
+        if file.read(len(identity)) != identity:
+            raise ValueError("the KV cache is that of another model")
+        (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+        if length > self.context_length:
+            raise ValueError(f"{length} tokens do not fit in a context of {self.context_length}")
+        cache = self._new_cache()
+        layers, _, heads, head_size = cache.keys.shape
+
+        def filled(empty: jax.Array) -> jax.Array:
+            data = file.read(layers * length * heads * head_size * empty.itemsize)
+            array = np.frombuffer(data, empty.dtype).reshape(layers, length, heads, head_size)
+            return empty.at[:, :length].set(array)
+
+        cache = KVCache(filled(cache.keys), filled(cache.values), length)
+        jax.block_until_ready(cache)  # type: ignore[no-untyped-call]
+        return cache
+
+    def _identity(self) -> bytes:
+        """Return a digest of samples of all weights."""
+        digest = blake2b(digest_size=16)
+        for weights in self.model:
+            sample = weights.ravel()[:: weights.size // 8 + 1].tolist()
+            digest.update(repr((weights.dtype, weights.shape, sample)).encode())
+        return digest.digest()
 
     def _feed_all_but_last(self, state: BorrowedState[KVCache]) -> None:
         for tokens in state.chunks(self.chunk):

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import io
 import runpy
+import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.saving import Saving, check_computed_anew, go_on_elsewhere, saved
 from tests.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, decode, look
 
 import jax_engine
@@ -373,6 +376,86 @@ def test_prefill_stops_when_the_session_is_closed(
     with pytest.raises(SessionClosedError):
         engine.prefill(session, PROMPT)
     assert passes["forward"] == 1
+
+
+# Files and branches
+
+
+class TestSaving(Saving):
+    """A session goes on the same in a file and in a branch."""
+
+
+def test_restored_elsewhere(engine: JaxEngine, tmp_path: Path) -> None:
+    """A session goes on in another process, whose caches may be larger, and needs nothing of this one."""
+    tokens, expected = saved(engine, tmp_path / "session")
+    code = f"""
+import jax
+jax.config.update("jax_enable_x64", True)
+from jax_engine import JaxEngine, random_model
+engine = JaxEngine(random_model(1, vocab_size={VOCAB_SIZE}))
+"""
+    assert go_on_elsewhere(code, tmp_path / "session") == [len(tokens) - 1, *expected]
+
+
+@pytest.mark.parametrize("number", [False, True])
+def test_file_of_another_model(
+    engine: JaxEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, number: bool
+) -> None:
+    """A KV cache is taken only by the model it was computed with: all weights, or some, tell."""
+    saved(engine, tmp_path / "session")
+    slightly = MODEL._replace(down=MODEL.down + 1e-3)
+    other = JaxEngine(slightly if number else random_model(2, vocab_size=VOCAB_SIZE))
+    check_computed_anew(other, tmp_path / "session", caplog, "load raised ValueError")
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_file_that_does_not_fit(
+    engine: JaxEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, context: bool
+) -> None:
+    """A KV cache of other numbers, or of more tokens than there is room for, isn't taken."""
+    tokens, _ = saved(engine, tmp_path / "session")
+    rounded = Model(*(weights.astype(jnp.float32) for weights in MODEL))
+    other = JaxEngine(MODEL, context_length=44) if context else JaxEngine(rounded)
+    with other.slots.restore(tmp_path / "session") as session:
+        assert look(other, session) == (tokens, 0)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@pytest.mark.parametrize("size", [0, 10, 16, 20, 24, 100, -1])
+def test_file_that_ends_early(engine: JaxEngine, session: Session, size: int) -> None:
+    """A file cut off anywhere is an error, never a cache with a part of the tokens."""
+    file = io.BytesIO()
+    engine.prefill(session, PROMPT)
+    with engine.slots.borrow(session) as state:
+        engine._dump(state.kv_cache, file)
+    with pytest.raises((ValueError, struct.error)):
+        engine._load(io.BytesIO(file.getvalue()[:size]))
+
+
+def test_file_of_bfloat16() -> None:
+    """A kind of number that NumPy doesn't know is written and read, too."""
+    engine = JaxEngine(Model(*(weights.astype(jnp.bfloat16) for weights in MODEL)))
+    empty, file = engine.slots.create(), io.BytesIO()
+    keys, values = (
+        jax.random.normal(jax.random.key(seed), empty.keys.shape, jnp.bfloat16) for seed in (1, 2)
+    )
+    engine._dump(KVCache(keys, values, 50), file)
+    file.seek(0)
+    cache = engine._load(file)
+    assert cache.length == 50
+    for found, expected in (cache.keys, keys), (cache.values, values):
+        assert found.dtype == jnp.bfloat16
+        assert bool((found[:, :50] == expected[:, :50]).all())
+
+
+def test_branch_has_the_same_arrays(engine: JaxEngine, session: Session) -> None:
+    """Arrays that never change are shared for nothing."""
+    engine.prefill(session, PROMPT)
+    with engine.slots.borrow(session) as state, state.branch(20) as child:
+        parent = state.kv_cache
+        with engine.slots.borrow(child) as other:
+            assert other.kv_cache.keys is parent.keys
+            assert other.kv_cache.values is parent.values
 
 
 # What is refused
