@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -724,6 +724,30 @@ def test_file_that_ends_early(engine: LlamaCppEngine, size: int) -> None:
             engine.context.dump(state.kv_cache, file)
     with pytest.raises((ValueError, struct.error)):
         engine.context.load(io.BytesIO(file.getvalue()[:size]))
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["llama_memory_seq_cp", "llama_state_seq_set_data_ext"])
+def test_failed_branch_or_file_loses_no_sequence(
+    engine: LlamaCppEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    error: type[BaseException],
+) -> None:
+    """A sequence that was taken for a branch or a file is free again if it isn't used."""
+    saved(engine, tmp_path / "session")
+    with Session() as session:
+        engine.prefill(session, PROMPT)
+        with monkeypatch.context() as patch:
+            patch.setattr(L, name, Mock(side_effect=error))
+            with suppress(error), engine.slots.borrow(session) as state:
+                state.branch().close()
+            with suppress(error), engine.slots.restore(tmp_path / "session") as restored:
+                assert restored.token_count == 46
+        gc.collect()
+        assert free_sequences(engine) == MAX_SEQUENCES - 1
+        assert decode(engine, session, 10) == answer(engine, PROMPT, 10)
 
 
 def test_state_that_cannot_be_copied(

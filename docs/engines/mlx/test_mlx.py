@@ -398,6 +398,7 @@ def parallel_heads() -> LanguageModel:
 
 
 SLOW_DECAY = mx.log(mx.array([0.01, 0.05, 0.1, 0.2]))
+mx.eval(SLOW_DECAY)  # Else the first thread to need it would have to compute it.
 
 LOSSY: dict[str, Callable[[], LanguageModel]] = {
     "window-16": partial(sliding, 16),
@@ -887,6 +888,32 @@ def test_checkpoints_go_from_thread_to_thread(kind: str) -> None:
         Thread(rewind).result()
         engine.prefill(session, OTHER)
         assert decode(engine, session, 5) == answer(engine, PROMPT[:35] + OTHER, 5)
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_files_and_branches_go_from_thread_to_thread(kind: str, tmp_path: Path) -> None:
+    """Saved, restored and branched by three threads, a session is stepped by a fourth."""
+    engine = MLXEngine(lossy_model(kind), chunk=16)
+
+    def save() -> None:
+        expected.extend(saved(engine, tmp_path / "session"))
+
+    def restore() -> None:
+        sessions.append(engine.slots.restore(tmp_path / "session"))
+
+    def branch() -> None:
+        with engine.slots.borrow(sessions[0]) as state:
+            sessions.append(state.branch(45))
+
+    expected: list[list[int]] = []
+    sessions: list[Session] = []
+    for run in save, restore, branch:
+        Thread(run).result()
+    with sessions[0], sessions[1]:
+        tokens, rest = expected
+        assert decode(engine, sessions[0], 10) == rest
+        engine.prefill(sessions[1], OTHER)
+        assert decode(engine, sessions[1], 5) == answer(engine, tokens[:45] + OTHER, 5)
 
 
 def test_two_threads_at_one_session(engine: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
