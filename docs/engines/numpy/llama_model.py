@@ -10,11 +10,12 @@ are float32 unless stated otherwise.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
+from numpy.lib.format import read_array, write_array_header_1_0
 from numpy.typing import NDArray
 
 
@@ -115,15 +116,48 @@ class KVMemory:
         layer = cache.layers[index]
         larger = np.empty((*layer.shape[:2], capacity, layer.shape[3]), np.float32)
         larger[:, :, : cache.length] = layer[:, :, : cache.length]
+        self._place(cache, index, larger)
+
+    def share(self, cache: KVCache, length: int) -> KVCache:
+        """Return a copy of a cache's first `length` tokens, or raise `MemoryError`."""
+        kept = slice(min(cache.length, length))
+        return self._filled(layer[:, :, kept].copy() for layer in cache.layers)
+
+    def load(self, file: BinaryIO) -> KVCache:
+        """Return the cache that `KVCache.dump` wrote; `ValueError` if it is another model's."""
+        layers = read_array(file, allow_pickle=False)
+        config = self._config
+        fitting = (config.num_layers, 2, config.num_kv_heads, *layers.shape[3:4], config.head_dim)
+        if layers.shape != fitting or layers.dtype != np.float32:
+            msg = (
+                f"the file has a KV cache {layers.shape} of {layers.dtype}, "
+                f"and this model wants {fitting} of float32"
+            )
+            raise ValueError(msg)
+        return self._filled(layers)
+
+    def _filled(self, layers: Iterable[Floats]) -> KVCache:
+        """Return a new cache with these layers, or release it and raise."""
+        cache = self.create()
+        try:
+            for index, layer in enumerate(layers):
+                self._place(cache, index, layer)
+        except BaseException:
+            self.release(cache)
+            raise
+        cache.length = cache.layers[0].shape[2]
+        return cache
+
+    def _place(self, cache: KVCache, index: int, layer: Floats) -> None:
         with self._lock:
-            if self.limit is not None and self.used + larger.nbytes > self.limit:
+            if self.limit is not None and self.used + layer.nbytes > self.limit:
                 msg = (
-                    f"layer {index + 1} of {len(cache.layers)}: no room for {larger.nbytes:,} "
+                    f"layer {index + 1} of {len(cache.layers)}: no room for {layer.nbytes:,} "
                     f"bytes in a KV memory of {self.limit:,}"
                 )
                 raise MemoryError(msg)
             self._caches.add(cache)
-            cache.layers[index] = larger
+            cache.layers[index] = layer
 
 
 class KVCache:
@@ -154,6 +188,14 @@ class KVCache:
         """Keep at most the first `length` tokens; the memory stays, for the next ones."""
         self.length = min(self.length, length)
         return self
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write the keys and values of all layers to a file, as one array, layer by layer."""
+        kept = [layer[:, :, : self.length] for layer in self.layers]
+        shape = (len(kept), *kept[0].shape)
+        header = {"descr": kept[0].dtype.str, "fortran_order": False, "shape": shape}
+        write_array_header_1_0(file, header)
+        file.writelines(layer.tobytes() for layer in kept)
 
     def write(self, index: int, keys_values: Floats) -> tuple[Floats, Floats]:
         """Put keys and values (R, 2K, d) behind the tokens of layer `index`.

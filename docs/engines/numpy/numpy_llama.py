@@ -82,6 +82,9 @@ class LlamaEngine:
             create=self.memory.create,
             length=lambda cache: cache.length,
             truncate=KVCache.truncate,
+            share=self.memory.share,
+            dump=KVCache.dump,
+            load=self.memory.load,
             release=self.memory.release,
             nbytes=lambda cache: cache.nbytes,
         )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -556,6 +559,113 @@ def test_sampling_refuses_what_makes_no_sense(temperature: float, top_p: float, 
     """Wrong numbers are an error at once, not strange text later."""
     with pytest.raises(ValueError, match="sampling needs"):
         sampling(temperature=temperature, top_p=top_p, seed=seed)
+
+
+# Branches and files
+
+
+@pytest.mark.parametrize("length", [1, 25, len(PROMPT) + 5])
+def test_branches_answer_as_sessions_of_their_own(engine: LlamaEngine, length: int) -> None:
+    """A branch has the cache of its tokens, and neither it nor its parent notices what the other does."""
+    with Session() as session:
+        engine.prefill(session, PROMPT)
+        history = PROMPT + decode(engine, session, 5)
+        with engine.slots.borrow(session) as state:
+            child = state.branch(length)
+        with child:
+            assert look(engine, child) == (history[:length], length - 1)
+            engine.prefill(child, OTHER)
+            tokens = [(engine.decode(child).token, engine.decode(session).token) for _ in range(10)]
+        assert [first for first, _ in tokens] == answer(engine, history[:length] + OTHER, 10)
+        assert [second for _, second in tokens] == answer(engine, PROMPT, 15)[5:]
+
+
+def test_saved_session_goes_on(engine: LlamaEngine, model: Llama, tmp_path: Path) -> None:
+    """Restored by another engine of the same model, it feeds one token, and answers as if undisturbed."""
+    path = tmp_path / "session"
+    with Session() as session:
+        engine.prefill(session, PROMPT)
+        history = PROMPT + decode(engine, session, 5)
+        engine.slots.save(session, path)
+    other = LlamaEngine(model)
+    with other.slots.restore(path) as restored:
+        assert look(other, restored) == (history, len(history) - 1)
+        (step,) = other.answer(restored, lambda tokens: tokens, 1)
+        assert step.fed == 1
+        assert [step.token, *decode(other, restored, 9)] == answer(engine, history, 10)
+    assert other.memory.used == 0
+
+
+def test_file_of_another_model(
+    engine: LlamaEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its KV cache is refused, with a warning; its tokens are there, and answered by this model."""
+    path = tmp_path / "session"
+    other = LlamaEngine(random_model(1, num_layers=2))
+    with Session() as session:
+        other.prefill(session, PROMPT)
+        other.slots.save(session, path)
+    with engine.slots.restore(path) as restored:
+        assert caplog.messages == [
+            f"restored session {restored.id} without its KV cache: load raised ValueError"
+        ]
+        assert look(engine, restored) == (PROMPT, 0)
+        assert decode(engine, restored, 5) == answer(engine, PROMPT, 5)
+
+
+def written(engine: LlamaEngine, tokens: Sequence[int]) -> bytes:
+    """Return what the engine writes of a KV cache of tokens."""
+    file = io.BytesIO()
+    cache = engine.memory.create()
+    engine.model.forward([(cache, np.array(tokens, np.int32))])
+    cache.dump(file)
+    engine.memory.release(cache)
+    return file.getvalue()
+
+
+def saved(array: NDArray[Any]) -> bytes:
+    """Return what NumPy writes of an array."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_load_says_what_is_wrong(engine: LlamaEngine) -> None:
+    """An array of another model is named, and neither a part of a file nor objects to unpickle are read."""
+    smaller = LlamaEngine(random_model(1, num_layers=2))
+    whole = written(engine, PROMPT)
+    wrong = {
+        r"\(2, 2, 2, 23, 8\) of float32, .* wants \(3, 2, 2, 23, 8\) of": written(smaller, OTHER),
+        r"\(3, 2, 2, 5, 8\) of float16": saved(np.zeros((3, 2, 2, 5, 8), np.float16)),
+        "Object arrays cannot be loaded": saved(np.array([{}], object)),
+        "reading array data": whole[:-1],
+        "reading magic string": b"",
+    }
+    for message, data in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            engine.memory.load(io.BytesIO(data))
+    cache = engine.memory.load(io.BytesIO(whole))
+    assert cache.length == len(PROMPT)
+    engine.memory.release(cache)
+
+
+def test_no_room_for_another_cache(engine: LlamaEngine, tmp_path: Path) -> None:
+    """A branch that doesn't fit is an error, a restored cache that doesn't is computed later; nothing is leaked."""
+    path = tmp_path / "session"
+    with Session() as session:
+        engine.prefill(session, PROMPT)
+        engine.slots.save(session, path)
+        held = engine.memory.used
+        engine.memory.limit = held * 3 // 2
+        with (
+            pytest.raises(MemoryError, match=f"of {NUM_LAYERS}: no room"),
+            engine.slots.borrow(session) as state,
+        ):
+            state.branch()
+        with engine.slots.restore(path) as restored:
+            assert engine.memory.used == held
+            engine.memory.limit = None
+            assert decode(engine, restored, 5) == decode(engine, session, 5)
 
 
 def test_cache_does_not_grow_by_truncation(engine: LlamaEngine) -> None:
