@@ -194,6 +194,12 @@ def ray(session: nox.Session) -> None:
 
 
 @nox.session
+def handover(session: nox.Session) -> None:
+    """Prefill in one process and decode in another, with a small model, on the CPU."""
+    show(session, "handover", "handover.py")
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Test the package on the Python that runs nox."""
     run_tests(session, *group("newest"))
