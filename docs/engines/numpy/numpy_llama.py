@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -36,16 +37,17 @@ def sampling(*, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> 
         msg = "sampling needs temperature > 0, 0 < top_p <= 1 and seed >= 0"
         raise ValueError(msg)
 
-    def sample(logits: Floats, position: int) -> int:
-        likeliest = np.argsort(-logits)
-        scaled = logits[likeliest].astype(np.float64)
-        with np.errstate(over="ignore"):  # A tiny temperature gives minus infinity: never drawn.
-            mass = np.cumsum(np.exp((scaled - scaled[0]) / temperature))
-        nucleus = mass[: np.searchsorted(mass, top_p * mass[-1]) + 1]
-        draw = np.random.default_rng((seed, position)).random() * nucleus[-1]
-        return int(likeliest[np.searchsorted(nucleus, draw, side="right")])
+    return partial(_draw, temperature=temperature, top_p=top_p, seed=seed)
 
-    return sample
+
+def _draw(logits: Floats, position: int, *, temperature: float, top_p: float, seed: int) -> int:
+    likeliest = np.argsort(-logits)
+    scaled = logits[likeliest].astype(np.float64)
+    with np.errstate(over="ignore"):  # A tiny temperature gives minus infinity: never drawn.
+        mass = np.cumsum(np.exp((scaled - scaled[0]) / temperature))
+    nucleus = mass[: np.searchsorted(mass, top_p * mass[-1]) + 1]
+    draw = np.random.default_rng((seed, position)).random() * nucleus[-1]
+    return int(likeliest[np.searchsorted(nucleus, draw, side="right")])
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ def main() -> int:
     os.environ["VECLIB_MAXIMUM_THREADS"] = str(arguments.threads)
     from chat import Chat  # noqa: PLC0415
     from numpy_llama import LlamaEngine, Sampler, greedy, sampling  # noqa: PLC0415
-    from tour import Tour  # noqa: PLC0415
+    from tour import Tour, smollm2_engine  # noqa: PLC0415
 
     # Not every terminal can show every character.
     cast("TextIOWrapper", sys.stdout).reconfigure(errors="replace")
@@ -71,7 +71,14 @@ def main() -> int:
             "half of what the model can read"
         )
     if is_tour:
-        tour = Tour(engine, tokenizer, console, max_tokens=max_tokens, sample=sample)
+        tour = Tour(
+            engine,
+            tokenizer,
+            console,
+            max_tokens=max_tokens,
+            sample=sample,
+            make_engine=smollm2_engine,
+        )
         return FAILED if tour.run(load_seconds, arguments.threads) else 0
     chat = Chat(engine, tokenizer, console, max_tokens=max_tokens, sample=sample)
     if prompt is None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -18,13 +19,14 @@ from tests.terminal import CTRL_C, CTRL_D, needs_terminal, nox_command, terminal
 from inference_session import Session
 from inference_session.engine import DecodeResult
 from llama_model import random_model
-from numpy_llama import LlamaEngine, Sampler, greedy
+from numpy_llama import LlamaEngine, Sampler, greedy, sampling
 from smollm2 import ChatTokenizer, Message
 from tour import Tour
 
 
 DEMO = str(Path(__file__).with_name("demo.py"))
-CLAIMS = 16
+CLAIMS = 19
+MODEL = random_model(2, num_layers=14, context_length=2000)
 
 
 def demo(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -54,19 +56,27 @@ class Letters:
         return "".join(map(chr, tokens)).rstrip("\0")
 
 
-def tour(engine: LlamaEngine) -> tuple[int, str]:
+def tour(engine: LlamaEngine, sample: Sampler = greedy) -> tuple[int, str]:
     """Take the tour with another model; return how many claims were false, and what it printed."""
     output = io.StringIO()
     console = Console(file=output, width=80)
     tokenizer = cast("ChatTokenizer", Letters())
-    guide = Tour(engine, tokenizer, console, max_tokens=20, sample=greedy)
+    guide = Tour(
+        engine,
+        tokenizer,
+        console,
+        max_tokens=20,
+        sample=sample,
+        make_engine=partial(LlamaEngine, MODEL),
+    )
     return guide.run(load_seconds=0, threads=1), output.getvalue()
 
 
-def test_tour_with_a_random_model() -> None:
+@pytest.mark.parametrize("sample", [greedy, sampling(seed=3)], ids=["greedy", "sampling"])
+def test_tour_with_a_random_model(sample: Sampler) -> None:
     """Nothing that the tour claims depends on what the model says."""
-    engine = LlamaEngine(random_model(2, num_layers=14, context_length=2000))
-    false, output = tour(engine)
+    engine = LlamaEngine(MODEL)
+    false, output = tour(engine, sample)
     assert false == 0
     assert f"All {CLAIMS} claims checked are true." in output
     assert engine.memory.used == 0
@@ -81,7 +91,7 @@ def test_tour_finds_out() -> None:
         ) -> list[DecodeResult]:
             return super().decode_batch(sessions, sample=sample)[::-1]
 
-    false, output = tour(MixedUp(random_model(2, num_layers=14, context_length=2000)))
+    false, output = tour(MixedUp(MODEL))
     assert false >= 2
     assert f"{false} of {CLAIMS} claims are false:" in output
     assert output.count("each says what it says alone") == 2

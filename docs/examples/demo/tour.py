@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich import box
 from rich.console import Console
@@ -17,9 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from chat import printable
+from engine_process import EngineProcess
 from inference_session import Session
 from numpy_llama import LlamaEngine, Sampler
-from smollm2 import ChatTokenizer, Message
+from smollm2 import ChatTokenizer, Message, find_weights, load
 
 
 QUESTIONS = (
@@ -65,8 +68,11 @@ class Tour:
         *,
         max_tokens: int,
         sample: Sampler,
+        make_engine: Callable[[], LlamaEngine],
     ) -> None:
+        """Show an engine; `make_engine` makes another one of the same model, in another process."""
         self._engine = engine
+        self._make_engine = make_engine
         self._tokenizer = tokenizer
         self._console = console
         self._max_tokens = max_tokens
@@ -88,6 +94,7 @@ class Tour:
         self._client_goes_away(talks[2])
         self._out_of_memory([talks[1], talks[3]], idle=[talks[0], talks[2]])
         self._evicted(talks[0])
+        self._killed(talks[1])
         self._no_copy(talks[0])
         self._measure_speed()
         self._close(talks)
@@ -213,6 +220,41 @@ class Tour:
         self._end_turn([talk])
         self._measured.append(
             ("evicted cache", f"{len(tokens)} tokens computed anew in {computing():.0f} ms")
+        )
+
+    def _killed(self, talk: Talk) -> None:
+        self._heading("A conversation outlives its process")
+        tokens = self._ask(talk, SIMPLER)
+        session_id = talk.session.id
+        with TemporaryDirectory() as folder, EngineProcess(self._make_engine) as other:
+            path = Path(folder, "session")
+            self._engine.slots.save(talk.session, path, move=True)
+            with self._waiting("Another process loads the model, and takes the conversation"):
+                talk.answer = other.call(
+                    answer_elsewhere,
+                    path,
+                    tokens,
+                    TAKEN_BEFORE_LEAVING,
+                    sample=self._sample,
+                    stop={self._tokenizer.end_of_turn},
+                )
+            other.kill()
+            self._say(
+                f"Process {other.pid} took it, saved it after {len(talk.answer)} tokens, and was "
+                "killed. It goes on here:"
+            )
+            size = path.stat().st_size
+            with stopwatch() as restoring:
+                talk.session = self._engine.slots.restore(path, take=True)
+        with self._engine.slots.borrow(talk.session) as state:
+            pending = len(state.pending)
+        self._claim("it has the id that it had", talk.session.id == session_id)
+        self._claim("its KV cache is there, but for the last token", pending == 1)
+        self._answer([talk])
+        self._claim("the whole is what it would have been", _same([talk], [self._twin(talk)]))
+        self._end_turn([talk])
+        self._measured.append(
+            ("restored session", f"{size / 1e6:.0f} MB read in {restoring():.0f} ms")
         )
 
     def _no_copy(self, talk: Talk) -> None:
@@ -428,6 +470,28 @@ class Tour:
     def _text(self, talk: Talk) -> Text:
         answer = printable(self._tokenizer.decode(talk.answer))
         return Text.assemble((talk.messages[-1][1], "cyan"), "\n", answer)
+
+
+def smollm2_engine() -> LlamaEngine:
+    """Make an engine of the real model."""
+    return LlamaEngine(load(find_weights())[0])
+
+
+def answer_elsewhere(
+    engine: LlamaEngine,
+    path: Path,
+    tokens: Sequence[int],
+    count: int,
+    *,
+    sample: Sampler,
+    stop: Collection[int],
+) -> list[int]:
+    """Take a conversation, make `tokens` its history, answer, and save it."""
+    session = engine.slots.restore(path, take=True)
+    engine.prompt(session, tokens)
+    answer = list(engine.stream(session, count, sample=sample, stop=stop))
+    engine.slots.save(session, path)
+    return answer
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
