@@ -913,14 +913,21 @@ class TestSavingOthers(Saving):
         assert covered == most if most == 45 else covered <= most
 
 
-def test_file_of_longrope(tmp_path: Path) -> None:
-    """The key is in the file, so that a cache of a long text is used for a long text again."""
+def test_files_and_branches_of_longrope(tmp_path: Path) -> None:
+    """The key goes with a cache, so that one of a long text is used for a long text only."""
     engine = TransformersEngine(new_model("phi3"), chunk=16)
     tokens, expected = saved(engine, tmp_path / "session")
     assert len(tokens) > ROPE_LIMIT
     with engine.slots.restore(tmp_path / "session") as session, fed(engine.model) as sizes:
         assert decode(engine, session, 10) == expected
         assert sizes == [1] * 10
+        with engine.borrow(session) as state:
+            long, short = state.branch(ROPE_LIMIT + 2), state.branch(ROPE_LIMIT)
+        with long, short:
+            found = decode(engine, long, 1), decode(engine, short, 1)
+        assert sizes[10:] == [1, 16, 16, 7, 1]  # Only the long one has a cache to go on from.
+    for tokens_found, length in zip(found, (ROPE_LIMIT + 2, ROPE_LIMIT), strict=True):
+        assert tokens_found == plain(engine.model, tokens[:length], 1)
 
 
 @recurrent("lfm2", "mamba2")
