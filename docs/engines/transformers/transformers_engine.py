@@ -202,19 +202,22 @@ KV: TypeAlias = Cache | CountedCache
 
 def copied(kv: KV) -> KV:
     """Return another KV cache that covers the same tokens."""
+    if not isinstance(kv, CountedCache):
+        return _copied(kv)
     other = copy.copy(kv)
-    if isinstance(kv, CountedCache) and isinstance(other, CountedCache):
-        other.cache = cast("Cache", copied(kv.cache))
-        other.checkpoints = dict(kv.checkpoints)
-    elif isinstance(kv, Cache) and isinstance(other, Cache):
-        other.layers = [_copied(layer) for layer in layers(kv)]
+    other.cache, other.checkpoints = _copied(kv.cache), dict(kv.checkpoints)
     return other
 
 
-def _copied(layer: Any) -> Any:
-    """Copy a layer; not its keys and values if it replaces them, and never changes them in place."""
-    replaces = type(layer) in {DynamicLayer, DynamicSlidingWindowLayer}
-    return copy.copy(layer) if replaces else copy.deepcopy(layer)
+def _copied(cache: Cache) -> Cache:
+    other = copy.copy(cache)
+    # These replace keys and values, and never change them in place.
+    replacing = {DynamicLayer, DynamicSlidingWindowLayer}
+    other.layers = [
+        copy.copy(layer) if type(layer) in replacing else copy.deepcopy(layer)
+        for layer in layers(cache)
+    ]
+    return other
 
 
 def tensors_of(layer: Any) -> dict[str, torch.Tensor]:
