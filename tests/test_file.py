@@ -35,7 +35,7 @@ from inference_session.exceptions import (
 )
 
 
-on_posix = pytest.mark.skipif(os.name == "nt", reason="no such files on Windows")
+on_posix = pytest.mark.skipif(os.name == "nt", reason="files are other things on Windows")
 
 
 @pytest.fixture
@@ -325,6 +325,7 @@ def loading(memory: Memory, load: Callable[[BinaryIO], Cache]) -> StateSlots[Cac
     )
 
 
+@on_posix
 def test_take_what_is_saved_anew(
     saved: Path, session: Session, slots: StateSlots[Cache], memory: Memory
 ) -> None:
@@ -345,6 +346,7 @@ def test_take_what_is_saved_anew(
     assert files(saved) == []
 
 
+@on_posix
 def test_take_what_another_takes(saved: Path, memory: Memory) -> None:
     """Whoever comes second to take a file that both have read gets none."""
 
@@ -359,6 +361,7 @@ def test_take_what_another_takes(saved: Path, memory: Memory) -> None:
     assert files(saved) == []
 
 
+@on_posix
 @pytest.mark.parametrize("links", [True, False])
 def test_take_what_becomes_another_file(
     saved: Path,
