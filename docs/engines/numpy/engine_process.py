@@ -26,7 +26,10 @@ class EngineProcess:
         context = get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(make_engine, theirs), daemon=True)
+        # Ctrl-C is for this process, which then ends the other. That inherits what is ignored.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._process.start()
+        signal.signal(signal.SIGINT, handler)
         theirs.close()
 
     @property
@@ -68,7 +71,6 @@ class EngineProcess:
 
 
 def _serve(make_engine: Callable[[], LlamaEngine], connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that ends this one.
     engine = make_engine()
     while True:
         try:

@@ -25,9 +25,34 @@ from test_engine_process import make_engine
 
 if __name__ == "__main__":
     other = EngineProcess(make_engine)
+    {end}
+"""
+INTERRUPTED = """
+    try:
+        os.killpg(0, signal.SIGINT)
+    except KeyboardInterrupt:
+        print(other.call(getattr, "chunk"))
+    other.kill()
+"""
+KILLED = """
     print(other.call(getattr, "chunk"), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def run(folder: Path, end: str) -> tuple[int, str, str]:
+    """Run a program that starts a process; return its exit code and what both have printed, when both have ended."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT.format(end=end.strip()), "utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={"PYTHONPATH": ":".join([*sys.path, str(Path(__file__).parent)])},
+        capture_output=True,
+        encoding="utf-8",
+        start_new_session=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_call() -> None:
@@ -47,18 +72,13 @@ def test_kill() -> None:
             other.call(LlamaEngine._check, [1])
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
 def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    """That may even be killed. The pipe it writes to is closed only when both have ended."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT, "utf-8")
-    environment = {"PYTHONPATH": ":".join([*sys.path, str(Path(__file__).parent)])}
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=100,
-        check=False,
-    )
-    assert (run.returncode, run.stdout) == (-9, "7\n"), run.stderr
+    """Even if that is killed."""
+    assert run(tmp_path, KILLED) == (-9, "7\n", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
+def test_interrupts_are_not_for_it(tmp_path: Path) -> None:
+    """After a Ctrl-C, from its first instant on, it works, and says nothing: who started it decides."""
+    assert run(tmp_path, INTERRUPTED) == (0, "7\n", "")
