@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
 
-NOT_IN_CI = {"ray", "server", "tests"}
+NOT_IN_CI = {"handover", "ray", "server", "tests"}
 """Sessions that CI doesn't name: those that show an example to somebody, and the README's test command."""
 
 
