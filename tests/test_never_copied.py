@@ -28,7 +28,7 @@ from inference_session.engine import BorrowedState, Slot, StateSlots
 SOME_ID = UUID("12345678-1234-5678-1234-567812345678")
 
 INSTEAD: dict[type, str] = {
-    Session: r"send session\.id instead, or feed the same tokens",
+    Session: r"send session\.id, or make another session of it: state\.branch\(\) here",
     BorrowedState: "borrow the session where you need its state",
     BorrowedBatch: "borrow the sessions where you need their states",
     StateSlots: "hand on this very object",

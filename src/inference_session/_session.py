@@ -125,7 +125,7 @@ class Session(NeverCopied):
 
     _instead = (
         "as two owners of one KV cache would corrupt it: "
-        "send session.id instead, or feed the same tokens to a new session"
+        "send session.id, or make another session of it: state.branch() here, slots.save() elsewhere"
     )
 
     @shown_without_arguments

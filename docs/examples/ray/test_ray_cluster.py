@@ -40,7 +40,7 @@ from ray_demo import start_ray
 
 
 DEMO = Path(__file__).with_name("ray_demo.py")
-SENTENCE = "send session.id instead, or feed the same tokens to a new session"
+SENTENCE = "send session.id, or make another session of it"
 PROMPT = [random.Random(7).randrange(128) for _ in range(40)]
 OTHER = [random.Random(8).randrange(128) for _ in range(23)]
 
