@@ -25,6 +25,7 @@ FACTS: Final = {
     "a_turn_of_iter_is_torn": False,
     "a_turn_of_starmap_is_torn": False,
     "a_turn_of_map_is_torn": False,
+    "an_unpacked_result_is_torn": False,
     "a_turn_of_a_generator_is_torn": True,
     # The call of `__enter__` is a call as any other, in one version.
     "a_with_statement_leaks": VERSION == (3, 14),

@@ -40,9 +40,10 @@ session then. So the next borrow must see from the session alone that its last h
   iterable, changes nothing.
 - An *instant* is a stretch of bytecode without calls or backward jumps. It excludes signal handlers; the garbage
   collector, from 3.12 on (on 3.11 it runs when a container is made); and, with a GIL, other threads. One turn of a
-  `for` loop over an iterator written in C belongs to the instant. Hence a loop over a `starmap` stores the result of
-  an engine's function, and a loop over `locked` takes the lock. `with lock:` would leak the lock on 3.14, where an
-  interrupt can arrive between the call of `__enter__` and the block.
+  `for` loop over an iterator written in C belongs to the instant, and so does unpacking such an iterator. Hence a
+  loop over a `starmap` stores the result of an engine's function, a loop over `locked` takes the lock, and
+  `[file] = map(os.open, ...)` opens a file. `with lock:` would leak the lock on 3.14, where an interrupt can arrive
+  between the call of `__enter__` and the block.
 
 **Remaining gaps**
 

@@ -83,6 +83,22 @@ def a_turn_of_map_is_torn() -> bool:
     return is_torn_from_its_body(map(trip, (signal.SIGINT,)))
 
 
+def an_unpacked_result_is_torn() -> bool:
+    """Tell whether a signal strikes between the unpacking of the iterator that opens a file and the return."""
+
+    def unpack() -> bool:
+        [_] = map(trip, (signal.SIGINT,))
+        return True
+
+    returned = False
+    try:
+        returned = unpack()
+        time.sleep(0)
+    except Strike:
+        return not returned
+    raise AssertionError("it was never delivered")
+
+
 def a_turn_of_a_generator_is_torn() -> bool:
     """Tell that of an iterator that is written in Python."""
     return is_torn_from_its_body(trip() for _ in "1")  # type: ignore[func-returns-value]
@@ -448,6 +464,7 @@ EXPERIMENTS: Final[tuple[Callable[[], bool], ...]] = (
     a_turn_of_iter_is_torn,
     a_turn_of_starmap_is_torn,
     a_turn_of_map_is_torn,
+    an_unpacked_result_is_torn,
     a_turn_of_a_generator_is_torn,
     an_instant_is_interrupted,
     a_jump_backwards_is_struck,
