@@ -16,7 +16,7 @@ import pytest
 from tests.members import MEMBERS
 from tests.processes import run_python, run_script
 
-from inference_session import Session, _fork
+from inference_session import Session, SessionRegistry, _fork
 from inference_session.engine import StateSlots
 from inference_session.exceptions import SessionBusyError, SessionForkedError
 
@@ -106,6 +106,8 @@ def check_refused(session: Session) -> None:
         pass
     with pytest.raises(SessionForkedError):
         SLOTS.evict(session)
+    with pytest.raises(SessionForkedError), SessionRegistry() as registry:
+        registry.add(session)
 
 
 def check_new_sessions() -> None:
@@ -383,7 +385,7 @@ import os
 for name in ("fork", "register_at_fork"):
     if hasattr(os, name):
         delattr(os, name)
-from inference_session import Session
+from inference_session import Session, SessionRegistry
 from inference_session.engine import StateSlots
 slots = StateSlots(create=list, length=len)
 with Session() as session:

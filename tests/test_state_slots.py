@@ -13,7 +13,9 @@ from inference_session import Session
 from inference_session.engine import DecodeResult, PrefillResult, StateSlots
 
 
-@pytest.mark.parametrize("name", ["create", "length", "truncate", "release", "nbytes"])
+@pytest.mark.parametrize(
+    "name", ["create", "length", "truncate", "share", "dump", "load", "release", "nbytes"]
+)
 def test_slots_take_functions(name: str) -> None:
     """An engine that passes something else is told so at once, not in the middle of a step."""
     functions: dict[str, Any] = {"create": list, "length": len, name: 5}
@@ -27,6 +29,14 @@ def test_slots_need_create_and_length_only() -> None:
     assert (slots.truncate, slots.release, slots.nbytes) == (None, None, None)
     with pytest.raises(TypeError):
         cast("Callable[..., object]", StateSlots)(list, len)
+
+
+@pytest.mark.parametrize("name", ["dump", "load"])
+def test_what_is_written_can_be_read(name: str) -> None:
+    """An engine that can only write KV caches, or only read them, has forgotten something."""
+    functions: dict[str, Any] = {"create": list, "length": len, name: print}
+    with pytest.raises(TypeError, match="dump and load come together: give both, or neither"):
+        StateSlots(**functions)
 
 
 def test_slots_never_change(slots: StateSlots[Cache]) -> None:

@@ -12,7 +12,14 @@ from typing import Any
 from weakref import ref
 
 from inference_session._lease import ONCE, Lease, nobody
-from inference_session._session import HOLDERS, NO_CACHE, CacheFunctions, Savepoint, Session
+from inference_session._session import (
+    HOLDERS,
+    NO_CACHE,
+    NOTHING,
+    CacheFunctions,
+    Savepoint,
+    Session,
+)
 from inference_session._slot import NO_VALUES
 from inference_session._tokens import NO_TOKENS, Ids
 from inference_session.exceptions import BorrowExpiredError, StateMismatchError
@@ -78,7 +85,7 @@ def replace_cache(session: Session, writer: Lease, cache: object) -> None:
     release = session._release_of(session._slots)
     replaced = aside = NO_CACHE
     try:
-        if (other := _other_holder(session, cache)) is not None:
+        if (other := _other_holder(session, id(cache))) is not None:
             raise ValueError(
                 f"session {other._id} has this KV cache, so session {session._id} can't have it, "
                 "too: take it from there first, by take_kv_cache()"
@@ -105,18 +112,15 @@ def replace_cache(session: Session, writer: Lease, cache: object) -> None:
         del replaced, aside, cache  # a traceback keeps this frame
 
 
-def _other_holder(session: Session, cache: object) -> Session | None:
-    """Return the other session that has this KV cache, which would be released twice; None if there's none."""
-    try:
-        if session._slots is None or session._slots.release is None:
-            return None
-        holder = HOLDERS.get(id(cache))
-        other = None if holder is None else holder()
-        if other is None or other is session or other._slots is not session._slots:
-            return None
-        return other if other._kv_cache is cache or other._savepoint_cache is cache else None
-    finally:
-        del cache  # a traceback keeps this frame
+def _other_holder(session: Session, key: int) -> Session | None:
+    """Return the other session that has the KV cache of this `id()`, and would release it, too; None if there is none."""
+    if session._slots is None or session._slots.release is None:
+        return None
+    holder = HOLDERS.get(key)
+    other = None if holder is None else holder()
+    if other is None or other is session or other._slots is not session._slots:
+        return None
+    return other if key in {id(other._kv_cache), id(other._savepoint_cache)} else None
 
 
 def _record_holder(session: Session, slots: CacheFunctions[Any]) -> None:
@@ -143,12 +147,17 @@ def rewrite(session: Session, writer: Lease, length: int, tokens: Ids) -> None:
 
     Committed tokens are moved to the savepoint.
     """
-    count, dropped, covered, values, failed = session._savepoint
-    dropped = session._token_history[length : count - len(dropped)] + dropped
-    savepoint = (count, dropped, covered, values, failed)
-    if session._writer is not writer:
-        raise BorrowExpiredError(session._id)
-    session._savepoint, session._token_history[length:] = savepoint, tokens
+    savepoint = session._savepoint
+    try:
+        count, dropped, covered, values, failed = savepoint
+        dropped = session._token_history[length : count - len(dropped)] + dropped
+        savepoint = (count, dropped, covered, values, failed)
+        if session._writer is not writer:
+            raise BorrowExpiredError(session._id)
+        session._savepoint, session._token_history[length:] = savepoint, tokens
+    finally:
+        savepoint = NOTHING  # a traceback keeps this frame
+        dropped, values, tokens = NO_TOKENS, NO_VALUES, NO_TOKENS
 
 
 def copy_values(session: Session, writer: Lease) -> None:
@@ -198,9 +207,13 @@ def roll_back(
 
 def _restore_tokens(session: Session) -> None:
     """Restore the tokens of the savepoint, and the values of further slots."""
-    count, dropped, covered, values, failed = session._savepoint
-    session._token_history[count - len(dropped) :] = dropped
-    session._savepoint, session._values = (count, NO_TOKENS, covered, values, failed), values
+    dropped, values = NO_TOKENS, NO_VALUES
+    try:
+        count, dropped, covered, values, failed = session._savepoint
+        session._token_history[count - len(dropped) :] = dropped
+        session._savepoint, session._values = (count, NO_TOKENS, covered, values, failed), values
+    finally:
+        dropped, values = NO_TOKENS, NO_VALUES  # a traceback keeps this frame
 
 
 def recover(session: Session) -> None:
@@ -327,7 +340,7 @@ def adopt(
             break
         else:
             raise RuntimeError(f"{where} raised StopIteration")  # noqa: TRY301
-        if _other_holder(session, session._kv_cache) is not None:
+        if _other_holder(session, id(session._kv_cache)) is not None:
             session._kv_cache = NO_CACHE
             raise ValueError(f"{where} must return another KV cache than a session has already")  # noqa: TRY301
         _record_holder(session, slots)
