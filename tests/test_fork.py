@@ -385,7 +385,7 @@ import os
 for name in ("fork", "register_at_fork"):
     if hasattr(os, name):
         delattr(os, name)
-from inference_session import Session, SessionRegistry
+from inference_session import Session
 from inference_session.engine import StateSlots
 slots = StateSlots(create=list, length=len)
 with Session() as session:
