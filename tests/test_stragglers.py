@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Final, Literal, Self, TypeAlias, cast
+from typing import Any, Final, Literal, Self, TypeAlias, cast
 
 import pytest
 from attrs import define, field, frozen
@@ -20,6 +20,7 @@ from tests.threads import PATIENCE, Straggler
 from inference_session import Session, SessionRegistry, _borrow
 from inference_session import _transaction as transaction
 from inference_session._lease import Lease, replace
+from inference_session._session import CacheFunctions
 from inference_session.engine import BorrowedState, Slot, StateSlots
 from inference_session.exceptions import (
     BorrowExpiredError,
@@ -519,6 +520,11 @@ def test_an_observer_that_ends_the_borrow() -> None:
     """A borrow that ends while its commit is being noted commits nothing."""
 
     class Ending:
+        def borrowing(
+            self, slots: CacheFunctions[Any], lease: Lease
+        ) -> tuple[CacheFunctions[Any], Lease]:
+            return slots, lease
+
         def committing(self, session: Session) -> None:
             block.__exit__(KeyError, None, None)
 

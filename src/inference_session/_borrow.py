@@ -390,6 +390,8 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
         if type(session) is not Session:  # not a proxy either, whatever its `__class__`
             raise TypeError(f"only a Session can be borrowed, got {type(session).__name__!r}")
         if session._closed or session._slots is not self._slots or session._pid != _fork.pid:
+            if (observer := session._observer) is not None:
+                self._slots, lease = observer.borrowing(self._slots, lease)
             self._check_free()
         last = session._lease
         if (last is not nobody and last() is not None) or not replace(session, last, lease):

@@ -22,7 +22,13 @@ from inference_session._lease import Lease, nobody, take
 from inference_session._lock import lock as _lock
 from inference_session._lock import locked as _locked
 from inference_session._never_copied import NeverCopied
-from inference_session._session import NO_CACHE, Maintenance, Session, not_a_uuid
+from inference_session._session import (
+    NO_CACHE,
+    CacheFunctions,
+    Maintenance,
+    Session,
+    not_a_uuid,
+)
 from inference_session.exceptions import (
     RegistryFullError,
     SessionBusyError,
@@ -69,6 +75,12 @@ class _Entry(_Link):
     """A session in the books, and the observer of its steps. It is small, as there may be millions."""
 
     __slots__ = ()
+
+    def borrowing(
+        self, slots: CacheFunctions[Any], lease: Lease
+    ) -> tuple[CacheFunctions[Any], Lease]:
+        """Return both as they are."""
+        return slots, lease
 
     def committing(self, session: Session) -> None:
         """Record a step, and the size of the KV cache. The step fails if `nbytes` does."""

@@ -58,6 +58,15 @@ class CacheFunctions(Protocol[KV]):
 class Observer(Protocol):
     """Is told of a session's steps, as a registry is."""
 
+    def borrowing(
+        self, slots: CacheFunctions[Any], lease: Lease, /
+    ) -> tuple[CacheFunctions[Any], Lease]:
+        """Return the engine's functions and the lease for a borrow about to begin: these, or others that report calls.
+
+        It is asked at least once for each `StateSlots`, and at every borrow if it returns other functions.
+        """
+        ...
+
     def committing(self, session: "Session", /) -> None:
         """Record a step about to be committed. An error here fails the step."""
         ...

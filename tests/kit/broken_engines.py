@@ -510,7 +510,7 @@ class CommitsChunks(TinyEngine):
         return out
 
 
-@caught_by("tokens_reach_the_session")
+@caught_by("engine_runs")
 class FeedsPendingTwice(TinyEngine):
     """Prefill feeds all of its tokens, and decode the last of them again."""
 
@@ -589,7 +589,7 @@ class DecodeReturnsTheLast(TinyEngine):
         return DecodeResult(state.token_history[-2])
 
 
-@caught_by("tokens_reach_the_session")
+@caught_by("engine_runs")
 class EatsThePrompt(TinyEngine):
     """Prefill takes the tokens out of the caller's list."""
 
@@ -661,7 +661,7 @@ class EmptySessionIsAnIndexError(TinyEngine):
         return super().decode_borrowed(session, state)
 
 
-@caught_by("tokens_reach_the_session")
+@caught_by("engine_runs")
 class FunctionalForgets(Functional):
     """A step returns a new cache, which prefill doesn't put into the session."""
 
@@ -787,7 +787,7 @@ class LockOfAThreadNotReleased(TinyEngine):
         return out
 
 
-@caught_by("failure_before_advance", "failure_after_advance")
+@caught_by("failure_before_advance")
 class FlagNotReset(TinyEngine):
     """A flag says that a step is under way; a step that fails leaves it set (InternLM/lmdeploy's in-flight flag)."""
 
@@ -938,7 +938,7 @@ class BusyIsARuntimeError(TinyEngine):
 
 
 @caught_by("tokens_reach_the_session")
-class ReleasedInUse(TinyEngine):
+class ReleasedInUse(Handles):
     """A cache is released at the end of a text, while the session still has it (sgl-project/sglang#27024)."""
 
     def decode_borrowed(self, session: Session, state: State) -> DecodeResult:
@@ -951,18 +951,15 @@ class ReleasedInUse(TinyEngine):
         return result
 
 
-@caught_by("close_releases_once", "failure_in_truncate")
+@caught_by("close_releases_once", "shared_beginnings")
 class TruncateReleases(Handles):
     """Truncation releases the old cache, but returns it."""
 
     def truncate(self, cache: int, length: int) -> int:
         """Cut, and release."""
         super().truncate(cache, length)
-        release = self.slots.release
-        assert release is not None
         kept = self.caches[cache]
-        release(cache)
-        self.free.remove(cache)
+        self.release(cache)
         self.caches[cache] = kept
         return cache
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from inference_session.testing import _threads
+from inference_session.testing import _scenario
 
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Don't wait long for an engine that hangs: those here take no time."""
-    monkeypatch.setattr(_threads, "PATIENCE", 1.0)
+    monkeypatch.setattr(_scenario, "PATIENCE", 1.0)
 
 
 @pytest.fixture(autouse=True)

@@ -115,9 +115,8 @@ class TinyEngine:
 
     def feed_all_but_last(self, session: Session, state: BorrowedState[Any]) -> None:
         """Feed what is pending, in chunks, but leave the last token."""
-        pending = state.pending[:-1]
-        for start in range(0, len(pending), self.chunk):
-            self.feed(session, state, pending[start : start + self.chunk])
+        for tokens in state.chunks(self.chunk):
+            self.feed(session, state, tokens)
 
     def feed(self, session: Session, state: BorrowedState[Any], tokens: Sequence[int]) -> int:
         """Feed tokens to the model."""
@@ -163,7 +162,9 @@ class Minimal(TinyEngine):
         return StateSlots(create=self.create, length=self.length)
 
     def feed_all_but_last(self, session: Session, state: BorrowedState[Any]) -> None:
-        """Leave it all to `decode`."""
+        """Leave it all to `decode`, which must have something left to feed."""
+        if not state.pending:
+            raise ValueError("nothing is pending: there must be a token to feed")
 
 
 class Functional(TinyEngine):

@@ -66,6 +66,9 @@ class Cacheless(TinyEngine):
 class Stateless(TinyEngine):
     """It has no KV cache at all, and computes everything anew from the tokens."""
 
+    def feed_all_but_last(self, session: Session, state: State) -> None:
+        """Leave it all to `decode`."""
+
     def feed(self, session: Session, state: State, tokens: Sequence[int]) -> int:
         """Run the model on all tokens."""
         return forward(Cache(), state.token_history)

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 
 T = TypeVar("T")
 
-MELODIES: Final = 32
+TEXTS: Final = 16
 """How many different sequences of tokens there are, apart from their length."""
 
 EDGES: Final = 0.1
 """The share of tokens taken from both ends of the vocabulary."""
+
+FEW: Final = 8
+"""How many tokens a short prompt has at most."""
 
 
 @cache
@@ -35,6 +38,7 @@ class Choices:
 
     data: st.DataObject
     vocab_size: int
+    max_tokens: int
 
     def number(self, low: int, high: int) -> int:
         """Choose a number from `low` to `high`."""
@@ -50,27 +54,54 @@ class Choices:
 
     def tokens(self, low: int, high: int) -> list[int]:
         """Choose from `low` to `high` tokens."""
-        beyond, which = divmod(self.number(0, (high - low + 1) * MELODIES - 1), MELODIES)
-        return melody(which, low + beyond, self.vocab_size)
+        return self.text(self.number(low, high))
 
-    def sequence(self, kinds: int, sessions: int) -> list[tuple[int, int, list[int], int]]:
-        """Choose a sequence of calls, each with a kind, a session, tokens and a number."""
-        calls = st.tuples(
-            numbers(kinds), numbers(sessions), numbers(MELODIES), numbers(8), numbers(16)
-        )
+    def prompt(self, low: int, reserve: int) -> list[int]:
+        """Choose a prompt: some tokens, or up to as many as leave room for `reserve` more."""
+        most = self.max_tokens - reserve
+        if self.flag():
+            return self.text(self.one_of(lengths(low, most)))
+        return self.tokens(low, min(FEW, most))
+
+    def text(self, length: int, texts: int = TEXTS) -> list[int]:
+        """Choose one of some sequences of so many tokens."""
+        return text(self.number(0, texts - 1), length, self.vocab_size)
+
+    def sequence(self, *options: int) -> list[tuple[int, ...]]:
+        """Choose a sequence of calls, each described by numbers below these."""
+        calls = st.tuples(*map(numbers, options))
+        # Three lists, as a single one is short, most of the time.
         return [
-            (kind, session, melody(which, length + 1, self.vocab_size), number)
-            for _ in range(3)  # a single list is short, most of the time
-            for kind, session, which, length, number in self.data.draw(st.lists(calls, max_size=8))
+            call
+            for _ in range(3)
+            for call in self.data.draw(st.lists(calls, min_size=1, max_size=8))
         ]
 
 
-def melody(which: int, length: int, vocab_size: int) -> list[int]:
-    """Return pseudo-random tokens, with more of the first and last ids; longer ones begin as shorter ones do."""
+@cache
+def lengths(low: int, high: int) -> Sequence[int]:
+    """Return the lengths that prompts aim at: the longest, and those around multiples of powers of two."""
+    powers = [power for power in (8, 16, 32, 64, 128, 256, 512, 1024) if power <= high]
+    around = {
+        power * factor + offset
+        for power in powers
+        for factor in (*range(1, 5), high // power)
+        for offset in (-1, 0, 1)
+    }
+    return sorted({low, high - 1, high, *around} & set(range(low, high + 1)))
+
+
+@cache
+def _text(which: int, length: int, vocab_size: int) -> tuple[int, ...]:
     random = Random(f"{which}")  # noqa: S311 not for secrets
-    return [
+    return tuple(
         random.choice((0, vocab_size - 1))
         if random.random() < EDGES
         else random.randrange(vocab_size)
         for _ in range(length)
-    ]
+    )
+
+
+def text(which: int, length: int, vocab_size: int) -> list[int]:
+    """Return pseudo-random tokens, with more of the first and last ids; longer ones begin as shorter ones do."""
+    return list(_text(which, length, vocab_size))

@@ -1,15 +1,35 @@
-"""Steps made to fail, or closed, at chosen events."""
+"""Steps that are disturbed: made to fail, closed, or met by another thread, at chosen events."""
 
+import inspect
 from asyncio import CancelledError
-from collections.abc import Callable, Sequence
-from typing import Final, NoReturn
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from itertools import permutations
+from threading import Event as Signal
+from types import ModuleType
+from typing import Any, Final, NoReturn, TypeAlias
+from unittest.mock import patch
 
-from attrs import define
+from attrs import define, field
 
-from inference_session.exceptions import SessionClosedError
-from inference_session.testing._report import ConclusiveError
-from inference_session.testing._run import Run, Step, Talk
-from inference_session.testing._watch import Event, Trigger
+from inference_session.exceptions import SessionBusyError, SessionClosedError
+from inference_session.testing import _scenario
+from inference_session.testing._observer import Event, Trigger, Watch
+from inference_session.testing._scenario import (
+    BrokenError,
+    Chat,
+    ConclusiveError,
+    Scenario,
+    Step,
+    done,
+    elsewhere,
+    told,
+)
+
+
+# Errors
 
 
 class InjectedError(Exception):
@@ -40,78 +60,36 @@ class Fault(Trigger):
         return type(self.error).__name__
 
 
-@define(eq=False)
-class Close(Trigger):
-    """The end of a session, at an event of a step."""
-
-    talk: Talk
-
-    def act(self) -> None:
-        """Close it."""
-        self.talk.session.close()
+def fail_step(run: Scenario, chat: Chat, step: Step, *faults: Fault) -> bool:
+    """Do a step and make it fail; return whether all of the errors were raised."""
+    run.note(step.on(chat), chat)
+    return _fail(run, run.call(chat, step), faults, lambda result: run.take(chat, step, result))
 
 
-def fail_step(run: Run, talk: Talk, step: Step, fault: Fault) -> bool:
-    """Do a step and make it fail; return whether the error was raised."""
-    _fail(
-        run,
-        step.on(talk),
-        run.call(talk, step),
-        [fault],
-        lambda result: run.take(talk, step, result),
-    )
-    return fault.fired is not None
-
-
-def fail_step_twice(run: Run, talk: Talk, step: Step, fault: Fault) -> bool:
+def fail_step_twice(run: Scenario, chat: Chat, step: Step, fault: Fault) -> bool:
     """Do a step and make it fail after the model ran, and then in its rollback; return whether the latter happened."""
-    first = Fault(after_the_model_ran, 0, InjectedError())
-    _fail(
-        run,
-        step.on(talk),
-        run.call(talk, step),
-        [first, fault],
-        lambda result: run.take(talk, step, result),
-    )
-    return fault.fired is not None
+    return fail_step(run, chat, step, Fault(after_the_model_ran, 0, InjectedError()), fault)
 
 
-def fail_rewind(run: Run, talk: Talk, length: int, fault: Fault) -> bool:
+def fail_batch(run: Scenario, chats: Sequence[Chat], fault: Fault) -> bool:
+    """Decode a batch and make it fail; return whether the error was raised."""
+    run.note(f"engine.decode_batch([{', '.join(map(str, chats))}])", *chats)
+    return _fail(run, run.batch_call(chats), [fault], lambda result: run.take_batch(chats, result))
+
+
+def fail_rewind(run: Scenario, chat: Chat, length: int, fault: Fault) -> bool:
     """Rewind a session and make that fail; return whether the error was raised."""
 
     def rewound(result: object) -> None:
-        del talk.history[length:]
+        del chat.history[length:]
 
-    _fail(
+    run.note(f"with slots.borrow({chat}) as state: state.rewind({length})", chat)
+    return _fail(
         run,
-        f"with slots.borrow({talk}) as state: state.rewind({length})",
-        lambda: run.borrowing(talk, lambda state: state.rewind(length)),
+        lambda: run.borrowing(chat, lambda state: state.rewind(length)),
         [fault],
         rewound,
     )
-    return fault.fired is not None
-
-
-def close_within(run: Run, talk: Talk, step: Step, close: Close) -> None:
-    """Close a session in the middle of a step."""
-    run.calls.append(step.on(talk))
-    run.watch.begin_step(close)
-    call = run.call(talk, step)
-    try:
-        result = run.perform(call)
-    except Exception as error:
-        if close.fired is None or not isinstance(error, SessionClosedError):
-            raise run.broken(
-                "success or SessionClosedError", f"{type(error).__name__}: {error}"
-            ) from error
-    else:
-        run.take(talk, step, result)
-    if close.fired is None:
-        run.close(talk)
-        return
-    run.failed = True
-    run.calls[-1] += f"  # {talk}.close() is called {close.fired}"
-    run.closed(talk)
 
 
 def after_the_model_ran(event: Event) -> bool:
@@ -120,13 +98,11 @@ def after_the_model_ran(event: Event) -> bool:
 
 
 def _fail(
-    run: Run,
-    line: str,
+    run: Scenario,
     call: Callable[[], object],
     faults: Sequence[Fault],
     succeed: Callable[[object], None],
-) -> None:
-    run.calls.append(line)
+) -> bool:
     run.watch.begin_step(*faults)
     try:
         result = run.perform(call)
@@ -136,26 +112,224 @@ def _fail(
         fired = _note(run, faults)
         if not fired:
             if isinstance(raised, Exception):
-                raise run.broken("no error", f"{type(raised).__name__}: {raised}") from raised
+                raise run.failure("no error", raised) from raised
             raise
         # Ctrl-C must get through, even while another error is being handled.
         arriving = next((it for it in fired if not isinstance(it.error, Exception)), fired[0])
         if raised is not arriving.error:
-            raise run.broken(
-                f"the {arriving.name} to reach the caller", f"{type(raised).__name__}: {raised}"
-            ) from raised
+            raise run.broken(f"the {arriving.name} to reach the caller", told(raised)) from raised
         raised.__traceback__ = raised.__context__ = None
     else:
-        for fault in _note(run, faults):
+        fired = _note(run, faults)
+        for fault in fired:
             if not isinstance(fault.error, Exception):
                 raise run.broken(f"the {fault.name} to reach the caller", "the step went on")
         succeed(result)  # an engine may recover from an error, if the result is right
     run.check_all()
+    return len(fired) == len(faults)
 
 
-def _note(run: Run, faults: Sequence[Fault]) -> list[Fault]:
+def _note(run: Scenario, faults: Sequence[Fault]) -> list[Fault]:
     fired = [fault for fault in faults if fault.fired is not None]
     if fired:
         run.failed = True
-        run.calls[-1] += "  # " + ", then ".join(f"{it.name} is raised {it.fired}" for it in fired)
+        run.remark(", then ".join(f"{it.name} is raised {it.fired}" for it in fired))
     return fired
+
+
+# Faults inside the model
+
+Part: TypeAlias = tuple[Any, str]
+"""A callable that the model consists of: what has it, a class or a module, and its name there."""
+
+
+def part_name(part: Part) -> str:
+    """Return how a part of the model is called in reports."""
+    owner, name = part
+    return f"{owner.__name__}.{name}"
+
+
+def checked_parts(fail_in: Iterable[Any]) -> list[Part]:
+    """Return the parts of a model, if they can be made to fail.
+
+    Raises:
+        TypeError: if one isn't a class or a module, and a name.
+        ValueError: if it has no such callable.
+    """
+    parts = list(fail_in)
+    for part in parts:
+        match part:
+            case (type() | ModuleType() as owner, str(name)) if callable(
+                getattr(owner, name, None)
+            ):
+                pass
+            case (type() | ModuleType() as owner, str(name)):
+                raise ValueError(f"fail_in: {owner.__name__!r} has no callable {name!r}")
+            case _:
+                raise TypeError(
+                    "fail_in must consist of pairs of a class or a module and a name, "
+                    f'such as (Layer, "forward"), got {part!r}'
+                )
+    return parts
+
+
+@contextmanager
+def reporting(parts: Sequence[Part], watch: Watch) -> Generator[None]:
+    """Report, until the block ends, each call of parts of the model: before they do their work, and after."""
+    with ExitStack() as stack:
+        for part in parts:
+            owner, name = part
+            report = _reporting(inspect.getattr_static(owner, name), part_name(part), watch)
+            stack.enter_context(patch.object(owner, name, report))
+        yield
+
+
+def _reporting(original: Any, event: str, watch: Watch) -> Any:
+    if isinstance(original, staticmethod | classmethod):
+        return type(original)(_reporting(original.__func__, event, watch))  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType, reportUnknownVariableType]
+
+    @wraps(original)
+    def report(*args: Any, **kwargs: Any) -> Any:
+        watch.happens("before", event)
+        result = original(*args, **kwargs)
+        watch.happens("after", event)
+        return result
+
+    return report
+
+
+# Closing
+
+
+@define(eq=False)
+class Close(Trigger):
+    """The end of a session, at an event of a step."""
+
+    chat: Chat
+
+    def act(self) -> None:
+        """Close it."""
+        self.chat.session.close()
+
+
+def close_within(run: Scenario, chat: Chat, step: Step, close: Close) -> None:
+    """Close a session in the middle of a step."""
+    run.note(step.on(chat), chat)
+    run.watch.begin_step(close)
+    call = run.call(chat, step)
+    try:
+        result = run.perform(call)
+    except Exception as error:
+        if close.fired is None or not isinstance(error, SessionClosedError):
+            raise run.failure("success or SessionClosedError", error) from error
+    else:
+        run.take(chat, step, result)
+    if close.fired is None:
+        run.close(chat)
+        return
+    run.failed = True
+    run.remark(f"{chat}.close() is called {close.fired}")
+    run.closed(chat)
+
+
+# Threads
+
+A_MOMENT: Final = 0.02
+"""How many seconds a step may wait for one of another session at least; or five times as long as steps take."""
+
+
+@define(eq=False)
+class Pause(Trigger):
+    """A pause at an event of a step."""
+
+    chat: Chat
+    reached: Signal = field(init=False, factory=Signal)
+    over: Signal = field(init=False, factory=Signal)
+    in_borrow: bool = field(init=False, default=False)
+    """Whether the session was borrowed at that event."""
+
+    def act(self) -> None:
+        """Wait until the other thread has tried."""
+        self.in_borrow = self.chat.session.borrowed
+        self.reached.set()
+        self.over.wait(2 * _scenario.PATIENCE)
+
+
+def race(run: Scenario, chat: Chat, first: Step, second: Step, pause: Pause) -> None:
+    """Do two steps of one session at once, the second while the first is paused."""
+    steps = [(chat, first), (chat, second)]
+    won: list[tuple[Step, object]] = []
+    for (_, step), future in zip(steps, _at_once(run, steps, pause), strict=True):
+        try:
+            won.append((step, future.result()))
+        except SessionBusyError:
+            pass
+        except Exception as error:
+            raise run.failure("success or SessionBusyError", error) from error
+    if not won:
+        raise run.broken("one of the steps to succeed", "SessionBusyError in both")
+    if pause.in_borrow and len(won) > 1:
+        raise run.broken("SessionBusyError for the second step", "both steps succeeded")
+    _find_order(run, chat, won)
+    run.check_all()
+
+
+def step_together(run: Scenario, steps: Sequence[tuple[Chat, Step]], pause: Pause) -> None:
+    """Do two steps of different sessions at once, the second while the first is paused."""
+    for (chat, step), future in zip(steps, _at_once(run, steps, pause), strict=True):
+        run.take(chat, step, run.attempt(future.result))
+    run.check_all()
+
+
+def _at_once(
+    run: Scenario, steps: Sequence[tuple[Chat, Step]], pause: Pause
+) -> Sequence[Future[object]]:
+    """Do two steps at once, each in a thread of its own, and wait for both."""
+    (chat, first), (other, second) = steps
+    run.note(f"{first.on(chat)}  # in one thread", chat, other)
+    run.note(f"{second.on(other)}  # in another, meanwhile", other)
+    run.watch.begin_step(pause)
+    call = run.call(chat, first)
+    one = elsewhere(call)
+    one.add_done_callback(lambda _: pause.reached.set())
+    try:
+        if not pause.reached.wait(_scenario.PATIENCE):
+            raise ConclusiveError(run.broken("the first step to end", "it hangs"))
+        if pause.fired is None:
+            run.watch.begin_step()
+        else:
+            run.remark(f"which stops {pause.fired}", call=-2)
+            run.proofs += pause.in_borrow
+        two = elsewhere(run.call(other, second))
+        at_once = pause.in_borrow and chat is other
+        moment = max(A_MOMENT, 5 * run.slowest)
+        if not done(two, seconds=_scenario.PATIENCE if at_once else moment) and at_once:
+            raise ConclusiveError(
+                run.broken(
+                    "SessionBusyError at once",
+                    "the second step waits for the first: "
+                    "let a step borrow the session before it waits for a lock",
+                )
+            )
+    finally:
+        pause.over.set()
+    if not done(one, two, seconds=_scenario.PATIENCE):
+        raise ConclusiveError(run.broken("both steps to end", "one hangs"))
+    return one, two
+
+
+def _find_order(run: Scenario, chat: Chat, won: Sequence[tuple[Step, object]]) -> None:
+    """Find an order of the steps that explains their results and the session's tokens."""
+    tokens = run.tokens(chat)
+    broken = run.broken("the tokens of the steps, one after the other", f"{tokens}")
+    before, calls = list(chat.history), list(run.calls)
+    for order in permutations(won):
+        if tokens == [*before, *(t for step, result in order for t in step.added(result))]:
+            try:
+                for step, result in order:
+                    run.take(chat, step, result)
+            except BrokenError as error:  # unless the other order gives the same tokens
+                broken, chat.history, run.calls = error, list(before), list(calls)
+            else:
+                return
+    raise broken

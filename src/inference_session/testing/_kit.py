@@ -1,8 +1,10 @@
 """The kit: runs the checks, and reports the shortest sequence of calls found to break a promise."""
 
-from collections.abc import Callable, Collection, Mapping
-from functools import cached_property
-from typing import Final
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache, cached_property
+from textwrap import indent
+from time import monotonic
+from typing import Any, Final, TypeVar
 from unittest import SkipTest
 
 import pytest
@@ -12,18 +14,27 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 
+from inference_session import Session
+from inference_session._session import NO_CACHE
 from inference_session.engine import Engine
 from inference_session.testing._checks import CHECKS, Check
-from inference_session.testing._choices import Choices
-from inference_session.testing._hooks import hooked
-from inference_session.testing._reference import Reference
-from inference_session.testing._report import BrokenError, ConclusiveError, Report
-from inference_session.testing._run import Run
-from inference_session.testing._strength import weakness
-from inference_session.testing._watch import Watch
+from inference_session.testing._choices import Choices, text
+from inference_session.testing._faults import Part, checked_parts
+from inference_session.testing._observer import Watch
+from inference_session.testing._scenario import (
+    Answers,
+    BrokenError,
+    ConclusiveError,
+    Reference,
+    Scenario,
+    told,
+)
 
+
+E = TypeVar("E", bound=Engine)
 
 MAX_EXAMPLES: Final = 20
+LEAST_TOKENS: Final = 32
 HEALTH_CHECKS: Final = (
     HealthCheck.data_too_large,
     HealthCheck.filter_too_much,
@@ -31,7 +42,9 @@ HEALTH_CHECKS: Final = (
     HealthCheck.too_slow,
 )
 SHRINKS: Final = 10
-"""How many times `max_examples` are spent on shrinking a failure."""
+"""How many times `max_examples` are spent on shortening what was found, at most."""
+SHRINK_SECONDS: Final = 30.0
+"""How many seconds are spent on it, at most, give or take one try."""
 
 
 class TooWeakError(AssertionError):
@@ -39,20 +52,31 @@ class TooWeakError(AssertionError):
 
 
 def check_engine(
-    make_engine: Callable[[], Engine],
+    make_engine: Callable[[], E],
     *,
     vocab_size: int,
+    max_tokens: int = 64,
+    held: Callable[[E], int] | None = None,
+    fail_in: Iterable[tuple[Any, str]] = (),
     only: Collection[str] | None = None,
     skip: Mapping[str, str] | None = None,
     max_examples: int = MAX_EXAMPLES,
     seed: int = 0,
 ) -> None:
-    """Check that an engine keeps the state of its sessions right.
+    """Check that an engine keeps the state of its sessions right, and print how long its longest history was.
 
     Args:
         make_engine: returns a new engine each time. They may share a model, as long as it keeps no state of a session.
-            At most 8 sessions are open at a time in an engine, with at most 64 tokens each.
+            At most 8 sessions are open at a time in an engine, with at most `max_tokens` tokens each.
         vocab_size: tokens are ints from 0 to `vocab_size` - 1.
+        max_tokens: the most tokens in a session. Prompts come close to it, and to multiples of powers of two. Choose it
+            beyond the lengths at which your engine does something else: a block, a window, a change of position
+            encoding.
+        held: returns how much of something an engine holds for its sessions, such as blocks of a pool. Once all
+            sessions are closed, this must be what it was before the first.
+        fail_in: what is made to fail inside the model: pairs of a class or a module and the name of something callable
+            in it, such as `(Layer, "forward")`. It raises before it does its work, or after. Nothing else should use it
+            meanwhile.
         only: names of the checks to run, if not all.
         skip: names of checks not to run, each with a reason.
         max_examples: how many sequences of calls each check tries.
@@ -64,7 +88,7 @@ def check_engine(
             promise, the expected result, the shortest sequence of calls found to break it, and how to run it again.
         unittest.SkipTest: if nothing was checked: `skip` names all checks, or the others don't apply to the engine.
     """
-    kit = new_kit(make_engine, vocab_size, max_examples, seed)
+    kit = Kit(make_engine, vocab_size, max_tokens, held, fail_in, max_examples, seed)
     too_weak: TooWeakError | None = None
     nothing: SkipTest | None = SkipTest("all checks are skipped")
     for check in selected(only, skip):
@@ -79,12 +103,16 @@ def check_engine(
     unproven = too_weak or nothing
     if unproven is not None:
         raise unproven
+    print(f"The engine passes. {kit.longest_history}")  # noqa: T201
 
 
 def parametrize_with_checks(
-    make_engine: Callable[[], Engine],
+    make_engine: Callable[[], E],
     *,
     vocab_size: int,
+    max_tokens: int = 64,
+    held: Callable[[E], int] | None = None,
+    fail_in: Iterable[tuple[Any, str]] = (),
     only: Collection[str] | None = None,
     skip: Mapping[str, str] | None = None,
     max_examples: int = MAX_EXAMPLES,
@@ -93,13 +121,18 @@ def parametrize_with_checks(
     """Make each check of an engine a test of its own.
 
     The decorated test gets it as `check`, and calls it. Arguments are those of `check_engine`; skipped checks show as
-    skipped tests, with their reason.
+    skipped tests, with their reason. If the engine doesn't run at all, or is too weak, one test fails, and the others
+    are skipped.
     """
-    kit = new_kit(make_engine, vocab_size, max_examples, seed)
+    kit = Kit(make_engine, vocab_size, max_tokens, held, fail_in, max_examples, seed)
     reasons = skip or {}
 
     def bound(check: Check) -> Callable[[], None]:
-        return lambda: kit.run(check)
+        def run() -> None:
+            kit.run(check)
+            print(kit.longest_history)  # noqa: T201 shown by `pytest -rP`
+
+        return run
 
     return pytest.mark.parametrize(
         "check",
@@ -138,75 +171,136 @@ def selected(only: Collection[str] | None, skip: Mapping[str, str] | None) -> li
     return checks
 
 
-def new_kit(
-    make_engine: Callable[[], Engine], vocab_size: int, max_examples: int, seed: int
-) -> "Kit":
-    """Return a kit, if its arguments make sense.
-
-    Raises:
-        TypeError: if an argument has the wrong type.
-        ValueError: if a number is too low.
-    """
-    if not callable(make_engine):
-        raise TypeError(
-            f"make_engine must return a new engine each time, got {type(make_engine).__name__!r}"
-        )
-    lowest = {"vocab_size": (vocab_size, 2), "max_examples": (max_examples, 1), "seed": (seed, 0)}
-    for name, (number, least) in lowest.items():
-        if type(number) is not int:
-            raise TypeError(f"{name} must be an int, got {type(number).__name__!r}")
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
-    return Kit(make_engine, vocab_size, max_examples, seed)
-
-
 @define(eq=False, slots=False)
 class Kit:
     """An engine to be checked, and how thoroughly."""
 
-    make_engine: Callable[[], Engine]
+    make_engine: Callable[[], Any]
     vocab_size: int
+    max_tokens: int
+    held: Callable[[Any], int] | None
+    fail_in: Sequence[Part] = field(converter=checked_parts)
     max_examples: int
     seed: int
-    _watch: Watch = field(init=False, factory=Watch)
+    shrink_seconds: float = SHRINK_SECONDS
+    answers: Answers = field(init=False, factory=Answers)
+    """Next tokens as of fresh sessions: what one check has asked for needn't be computed for another."""
+    longest: int = field(init=False, default=0)
+    _runs: bool = field(init=False, default=False)
+    """Whether the first check has passed."""
+    _unfit: str = field(init=False, default="")
+    """Why no check can pass, once that was told."""
+
+    def __attrs_post_init__(self) -> None:
+        for name, function in (("make_engine", self.make_engine), ("held", self.held)):
+            if not callable(function) and (name == "make_engine" or function is not None):
+                wanted = (
+                    "return a new engine each time" if name == "make_engine" else "be a function"
+                )
+                raise TypeError(f"{name} must {wanted}, got {type(function).__name__!r}")
+        lowest = {"vocab_size": 2, "max_tokens": LEAST_TOKENS, "max_examples": 1, "seed": 0}
+        for name, least in lowest.items():
+            number: object = getattr(self, name)
+            if type(number) is not int:
+                raise TypeError(f"{name} must be an int, got {type(number).__name__!r}")
+            if number < least:
+                raise ValueError(f"{name} must be at least {least}, got {number}")
 
     def run(self, check: Check) -> None:
         """Run a check."""
         __tracebackhide__ = True
         if not self._makes_new:
             raise ValueError("make_engine must return a new engine each time, got the same twice")
-        with hooked(self._watch):
-            search = Search(self, check, self._watch)
-            search.run()
-        if search.best is not None:
-            raise AssertionError(str(self._report(check, search))) from search.best.__cause__
-        if self._weakness is not None:
-            raise TooWeakError(
-                f"{check.name}: this engine is too weak to check, so nothing is proven: {self._weakness}.\n"
-                "Use a model whose next token depends on all tokens: with random weights, large enough ones."
-            )
-        if check.vacuous and not search.proofs:
+        first = CHECKS["engine_runs"]
+        if check is not first:
+            if self._unfit == NOT_RUNNING:
+                raise SkipTest(f"{self._unfit}, as another test shows")
+            if not self._runs:
+                self._search(first)
+        proofs = self._search(check)
+        self._require_strength(check)
+        if check.vacuous and not proofs:
             raise SkipTest(check.vacuous)
+
+    @property
+    def longest_history(self) -> str:
+        """How long the longest history was, so far."""
+        return f"The longest history had {self.longest} tokens."
+
+    def _search(self, check: Check) -> int:
+        """Search for calls that break a check's promise, and return how often its subject has happened."""
+        __tracebackhide__ = True
+        search = Search(self, check)
+        search.run()
+        self.longest = max(self.longest, search.longest)
+        if search.best is not None:
+            if check.name == "engine_runs":
+                self._unfit = NOT_RUNNING
+            raise self._failure(check, search.best, search.remark) from search.best.__cause__
+        self._runs = True
+        return search.proofs
+
+    def _require_strength(self, check: Check) -> None:
+        """Raise an error if the engine is too weak to check; after the first time, skip the check."""
+        __tracebackhide__ = True
+        if isinstance(self._weakness, BrokenError):
+            raise self._failure(CHECKS["engine_runs"], self._weakness) from self._weakness.__cause__
+        if self._weakness is None:
+            return
+        if self._unfit and check.name != "engine_runs":
+            raise SkipTest(f"{self._unfit}, as another test shows")
+        self._unfit = TOO_WEAK
+        raise TooWeakError(
+            f"{check.name}: {TOO_WEAK}, so nothing is proven: {self._weakness}.\n"
+            "Either the model's answers hardly depend on the prompt: with random weights, use larger ones, and untie "
+            "the embeddings.\n"
+            "Or the KV cache of the session is not what the model is given: it computes from the tokens alone, or from "
+            "a cache of its own."
+        )
 
     @cached_property
     def _makes_new(self) -> bool:
         return self.make_engine() is not self.make_engine()
 
     @cached_property
-    def _weakness(self) -> str | None:
+    def _weakness(self) -> str | BrokenError | None:
         try:
-            return weakness(self.make_engine, self.vocab_size)
+            return weakness(self.make_engine(), self.vocab_size)
         except Exception as error:  # noqa: BLE001 engines may raise anything
-            return f"a simple prefill and decode raised {type(error).__name__}: {error}"
+            calls = ["engine = make_engine()", "# prefill and decode two sessions in turns"]
+            broken = BrokenError("no error", told(error), calls)
+            broken.__cause__ = error
+            return broken
 
-    def _report(self, check: Check, search: "Search") -> Report:
-        assert search.best is not None
-        again = (
-            f'check_engine(make_engine, vocab_size={self.vocab_size}, only=["{check.name}"], '
-            f"max_examples={self.max_examples}, seed={self.seed})\n"
-            f"pytest -k {check.name}"
+    def _failure(self, check: Check, broken: BrokenError, remark: str = "") -> AssertionError:
+        """Return the error for an engine developer."""
+        options = {"vocab_size": self.vocab_size, "max_tokens": self.max_tokens}
+        again = ", ".join(
+            [
+                "make_engine",
+                *(f"{name}={value}" for name, value in options.items()),
+                f'only=["{check.name}"]',
+                f"max_examples={self.max_examples}",
+                f"seed={self.seed}",
+            ]
         )
-        return Report(check.name, check.promise, search.best, again, search.remark)
+        parts = [
+            f"{check.name}: the engine breaks a promise.",
+            f"Promise:   {check.promise}",
+            f"Expected:  {broken.expected}",
+            f"Got:       {broken.got}",
+            "Shortest sequence of calls found that shows it:",
+            indent("\n".join(broken.calls), "    "),
+            *([remark] if remark else []),
+            "To run it again:",
+            f"    check_engine({again})",
+            f"    pytest -k {check.name}",
+        ]
+        return AssertionError("\n".join(parts))
+
+
+NOT_RUNNING: Final = "this engine doesn't run at all"
+TOO_WEAK: Final = "this engine is too weak to check"
 
 
 @define(eq=False)
@@ -215,19 +309,21 @@ class Search:
 
     kit: Kit
     check: Check
-    watch: Watch
     best: BrokenError | None = field(init=False, default=None)
     remark: str = field(init=False, default="")
     proofs: int = field(init=False, default=0)
+    longest: int = field(init=False, default=0)
     _tries: int = field(init=False, default=0)
+    _deadline: float = field(init=False, default=0.0)
 
     def run(self) -> None:
         """Try sequences of calls; once one breaks the promise, try shorter ones."""
-        reference = Reference(self.kit.make_engine)
+        kit, watch = self.kit, Watch()
+        reference = Reference(kit.make_engine, kit.answers)
 
-        @seeded(self.kit.seed)
+        @seeded(kit.seed)
         @settings(
-            max_examples=self.kit.max_examples,
+            max_examples=max(kit.max_examples // (4 if self.check.simple else 1), 1),
             database=None,
             deadline=None,
             derandomize=False,
@@ -239,14 +335,17 @@ class Search:
         @given(st.data())
         def examine(data: st.DataObject) -> None:
             self._count()
-            choices = Choices(data, self.kit.vocab_size)
+            choices = Choices(data, kit.vocab_size, kit.max_tokens)
+            scenario = Scenario(kit.make_engine, kit.held, kit.fail_in, watch, reference, choices)
             try:
-                with Run(self.kit.make_engine, self.watch, reference, choices) as run:
+                with scenario as run:
                     self.check.run(run)
                     self.proofs += run.proofs
             except BrokenError as broken:
                 self._found(broken)
                 raise
+            finally:
+                self.longest = max(self.longest, scenario.longest)
 
         try:
             examine()
@@ -261,11 +360,110 @@ class Search:
         self.best = self.best or reference.swayed
 
     def _found(self, broken: BrokenError) -> None:
+        if self.best is None:
+            self._deadline = monotonic() + self.kit.shrink_seconds
         if self.best is None or broken.size < self.best.size:
             self.best = broken
 
     def _count(self) -> None:
+        """Count a try, and give up shortening what was found when that takes too long."""
         if self.best is not None:
             self._tries += 1
-            if self._tries > SHRINKS * self.kit.max_examples:
+            if self._tries > SHRINKS * self.kit.max_examples or monotonic() > self._deadline:
                 raise ConclusiveError(self.best)
+
+
+# The strength of an engine: a mistake shows only if some output depends on it.
+
+TRIALS: Final = 16
+LENGTH: Final = 8
+ENOUGH: Final = 2
+"""In how many trials a change of the input, or of the KV cache, must change the output."""
+
+
+def weakness(engine: Engine, vocab_size: int) -> str | None:
+    """Return why an engine is too weak to check, if it is."""
+    prompts = [text(-1 - trial, LENGTH, vocab_size) for trial in range(TRIALS)]
+
+    @cache
+    def answer(*prompt: int) -> int:
+        with Session() as session:
+            engine.prefill(session, list(prompt))
+            return engine.decode(session).token
+
+    for part, change in CHANGES.items():
+        pairs = ((answer(*it), answer(*change(it, vocab_size))) for it in prompts)
+        if not differ(pairs):
+            if len({answer(*it) for it in prompts}) == 1:
+                return "it answers every prompt with the same token"
+            return f"its answers hardly depend on {part}"
+    swapped = (
+        (
+            answers_of_two(engine, one, other, swap=False),
+            answers_of_two(engine, one, other, swap=True),
+        )
+        for one, other in zip(prompts[::2], prompts[1::2], strict=True)
+    )
+    if not differ((left, right) for both in swapped for left, right in zip(*both, strict=True)):
+        return "its answers hardly depend on the KV cache that the session holds"
+    return None
+
+
+def differ(pairs: Iterable[tuple[int, int]]) -> bool:
+    """Whether answers differ often enough; as soon as they do, no more are asked for."""
+    found = 0
+    for left, right in pairs:
+        found += left != right
+        if found == ENOUGH:
+            return True
+    return False
+
+
+def last_changed(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    """Return a prompt with another last token."""
+    return [*prompt[:-1], another(prompt[-1], vocab_size)]
+
+
+def first_changed(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    """Return a prompt with another first token."""
+    return [another(prompt[0], vocab_size), *prompt[1:]]
+
+
+def another(token: int, vocab_size: int) -> int:
+    """Return another token."""
+    return (token + (vocab_size + 1) // 2) % vocab_size
+
+
+def reordered(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    """Return a prompt with its tokens, all but the last, in another order."""
+    return [*reversed(prompt[:-1]), prompt[-1]]
+
+
+CHANGES: Final[dict[str, Callable[[Sequence[int], int], list[int]]]] = {
+    "the last token of the prompt": last_changed,
+    "the first token of the prompt": first_changed,
+    "the order of the tokens": reordered,
+}
+
+
+def answers_of_two(
+    engine: Engine, prompt: Sequence[int], other_prompt: Sequence[int], *, swap: bool
+) -> list[int]:
+    """Return the second tokens decoded after two prompts; for these, each session may get the other's KV cache."""
+    with Session() as one, Session() as other:
+        for session, tokens in ((one, prompt), (other, other_prompt)):
+            engine.prefill(session, list(tokens))
+            engine.decode(session)
+        if not swap:
+            return [engine.decode(session).token for session in (one, other)]
+        if one._kv_cache is not NO_CACHE and other._kv_cache is not NO_CACHE:
+            one._kv_cache, other._kv_cache = other._kv_cache, one._kv_cache
+        return [decoded(engine, session) for session in (one, other)]
+
+
+def decoded(engine: Engine, session: Session) -> int:
+    """Return the next token; -1 if the engine notices the change."""
+    try:
+        return engine.decode(session).token
+    except Exception:  # noqa: BLE001 so it depends on the KV cache
+        return -1

@@ -1,0 +1,353 @@
+"""The kit's view of a session, through the observer that a session may have.
+
+A session that the kit has opened has a `Witness` as its observer, as one of a registry has the registry. As a borrow
+begins, the core asks it for the engine's functions and for the lease, and gets some that report how they are used:
+
+- Every member of a borrowed state first calls the lease, to see whether it's still alive.
+- The core calls the engine's functions (`create`, `length`, `truncate`, `release`) through the witness.
+
+So a report comes before every use of the session by a step. What the kit does there, such as raising an error, seems to
+come from the member or the function itself. Sessions without a witness notice nothing.
+"""
+
+import sys
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Generator, Hashable
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Final, Literal, TypeAlias
+from weakref import WeakSet
+
+from attrs import define, field, frozen
+
+from inference_session import Session
+from inference_session._session import NO_CACHE, CacheFunctions
+from inference_session.engine import StateSlots
+
+
+Slots: TypeAlias = StateSlots[Any]
+Lease: TypeAlias = Callable[[], object]
+When: TypeAlias = Literal["before", "after"]
+
+MEMBERS: Final = frozenset(
+    {
+        *("append", "advance", "commit", "rewind", "reuse_prefix", "chunks", "branch"),
+        *("session", "kv_cache", "pending", "token_history", "kv_length", "take_kv_cache"),
+        *("__getitem__", "__setitem__", "__len__", "_chunks"),
+    }
+)
+"""The members of a borrowed state, by the names of their functions."""
+
+
+@frozen
+class Event:
+    """A use of a session by a step, or by the library on its behalf."""
+
+    when: When
+    name: str
+    witness: "Witness | None"
+    """The observer of the session; None if it isn't known which one."""
+    advances: int
+    """How often the step had advanced by then."""
+
+    def __str__(self) -> str:
+        return f"{self.when} {self.name}"
+
+
+@define(eq=False)
+class Trigger(ABC):
+    """An action at an event of a step, done once."""
+
+    at: Callable[[Event], bool]
+    skip: int
+    """How many such events to let pass first."""
+    fired: Event | None = field(init=False, default=None)
+    """The event at which it was done."""
+
+    @abstractmethod
+    def act(self) -> None:
+        """Do it."""
+
+
+@define(eq=False)
+class Watch:
+    """All events in the steps of an engine, and the actions triggered by them."""
+
+    caches: "CacheBook" = field(init=False)
+    advances: int = field(init=False)
+    """How often the present step has advanced."""
+    seen: Counter[str] = field(init=False)
+    """All events so far."""
+    short: int = field(init=False)
+    """By how many tokens `truncate` falls short of what it's asked for."""
+    _triggers: list[Trigger] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with a new engine."""
+        self.caches = CacheBook()
+        self.seen = Counter()
+        self.short = 0
+        self.begin_step()
+
+    def begin_step(self, *triggers: Trigger) -> None:
+        """Forget the last step, and its triggers."""
+        self.advances = 0
+        self._triggers = list(triggers)
+
+    def add(self, session: Session) -> "Witness":
+        """Watch a session from now on; it may have been begun by the engine already."""
+        witness = Witness(self)
+        session._observer = witness
+        if session._slots is not None:
+            session._slots = witness.functions(session._slots)
+        self.caches.sessions.add(session)
+        return witness
+
+    def happens(self, when: When, name: str, witness: "Witness | None" = None) -> None:
+        """Record an event, and do what it triggers."""
+        event = Event(when, name, witness, self.advances)
+        self.seen[str(event)] += 1
+        for trigger in self._triggers:
+            if trigger.fired is None and trigger.at(event):
+                if trigger.skip:
+                    trigger.skip -= 1
+                else:
+                    trigger.fired = event
+                    trigger.act()
+
+
+@define(eq=False)
+class Witness:
+    """The observer of one session."""
+
+    watch: Watch
+    _functions: dict[Slots, "ReportingFunctions"] = field(
+        init=False, factory=dict[Slots, "ReportingFunctions"]
+    )
+
+    def functions(self, slots: CacheFunctions[Any]) -> "ReportingFunctions":
+        """Return an engine's functions that report their calls: for the same engine, the same ones."""
+        assert isinstance(slots, StateSlots | ReportingFunctions)
+        original = slots if isinstance(slots, StateSlots) else slots.slots
+        return self._functions.setdefault(original, ReportingFunctions(original, self))
+
+    def happens(self, when: When, name: str) -> None:
+        """Report an event."""
+        self.watch.happens(when, name, self)
+        if name == "advance":
+            self.watch.advances += 1
+
+    # What the core calls
+
+    def borrowing(
+        self, slots: CacheFunctions[Any], lease: Lease
+    ) -> tuple[CacheFunctions[Any], Lease]:
+        """Return functions and a lease that report their calls."""
+        self.happens("before", "borrow")
+        return self.functions(slots), ReportingLease(lease, self)
+
+    def committing(self, session: Session) -> None:
+        """Report the end of a step, or another commit."""
+        self.watch.caches.committed(session)
+        self.happens("before", "the commit")
+
+    def rolled_back(self, session: Session, failure: BaseException | None) -> None:
+        """Do nothing: what matters is how the session goes on."""
+
+    def settled(self, session: Session) -> None:
+        """Report the end of a borrow."""
+        if not session.borrowed:
+            self.happens("after", "the borrow")
+
+    def close(self, session: Session) -> None:
+        """Close a session."""
+        session._closed = True
+
+
+@frozen(eq=False)
+class ReportingLease:
+    """A lease that reports each use of the borrowed state."""
+
+    _lease: Lease
+    _witness: Witness
+
+    def __call__(self) -> object:
+        member = member_of(sys._getframe(1))
+        if member is not None:
+            self._witness.happens("before", member)
+        return self._lease()
+
+
+def member_of(frame: FrameType | None) -> str | None:
+    """Return the member of a borrowed state in which its lease is called; None if it's called elsewhere."""
+    if frame is not None and frame.f_code.co_name == "_current":  # what most members call first
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_name not in MEMBERS:
+        return None
+    name = frame.f_code.co_name
+    if name == "kv_cache" and frame.f_code.co_argcount > 1:
+        return "kv_cache ="
+    return "chunks" if name == "_chunks" else name
+
+
+@define(eq=False)
+class ReportingFunctions:
+    """The functions of an engine's `StateSlots`, which report their calls in the steps of a session."""
+
+    slots: Slots
+    _witness: Witness
+
+    @property
+    def create(self) -> Callable[[], Any]:
+        """Make a KV cache."""
+        return self._create
+
+    @property
+    def length(self) -> Callable[[Any], int]:
+        """Measure a KV cache."""
+        return self._length
+
+    @property
+    def truncate(self) -> Callable[[Any, int], Any] | None:
+        """Cut a KV cache."""
+        return None if self.slots.truncate is None else self._truncate
+
+    @property
+    def release(self) -> Callable[[Any], object] | None:
+        """Free a KV cache."""
+        return None if self.slots.release is None else self._release
+
+    @property
+    def nbytes(self) -> Callable[[Any], int] | None:
+        """Weigh a KV cache."""
+        return self.slots.nbytes
+
+    def _create(self) -> Any:
+        self._witness.happens("before", "create")
+        cache = self.slots.create()
+        self._caches.made("create", cache, releases=self.slots.release is not None)
+        return cache
+
+    def _length(self, cache: Any) -> int:
+        self._witness.happens("before", "length")
+        length = self.slots.length(cache)
+        self._witness.happens("after", "length")
+        return length
+
+    def _truncate(self, cache: Any, length: int) -> Any:
+        assert self.slots.truncate is not None
+        self._witness.happens("before", "truncate")
+        with self._caches.no_error("truncate"):
+            cut = self.slots.truncate(cache, max(length - self._witness.watch.short, 0))
+        if self.slots.release is not None:
+            self._caches.truncated(cache, cut)
+        if cut is cache:
+            # A failure here would lose the new cache of a functional `truncate`: no fault of the engine.
+            self._witness.happens("after", "truncate")
+        return cut
+
+    def _release(self, cache: Any) -> None:
+        assert self.slots.release is not None
+        self._witness.happens("before", "release")
+        self._caches.released(cache)
+        with self._caches.no_error("release"):
+            self.slots.release(cache)
+
+    @property
+    def _caches(self) -> "CacheBook":
+        return self._witness.watch.caches
+
+
+@define(eq=False)
+class CacheBook:
+    """The KV caches of an engine: each is made once, belongs to one session, and is released once."""
+
+    mistakes: list[str] = field(init=False, factory=list[str])
+    """Descriptions of misused KV caches."""
+    suspicions: list[str] = field(init=False, factory=list[str])
+    """The same where it may do no harm, as there is no `release`, and caches may be immutable."""
+    sessions: WeakSet[Session] = field(init=False, factory=WeakSet[Session])
+    _live: dict[Hashable, object] = field(init=False, factory=dict[Hashable, object])
+    """Those to be released."""
+    _gone: dict[Hashable, object] = field(init=False, factory=dict[Hashable, object])
+    """Those released; kept, as another object could get the same id."""
+
+    def made(self, function: str, cache: object, *, releases: bool = True) -> None:
+        """Record a KV cache made by one of the engine's functions."""
+        if any(key(cache) == key(other) for session in self.sessions for other in held(session)):
+            found = f"`{function}` returned a KV cache that another session has"
+            (self.mistakes if releases else self.suspicions).append(found)
+        elif key(cache) in self._live:
+            self.mistakes.append(f"`{function}` returned a KV cache that is in use already")
+        if releases:
+            self._begin(cache)
+
+    def truncated(self, cache: object, cut: object) -> None:
+        """Record a KV cache cut by the engine."""
+        gone = self._end(cache)
+        if gone and key(cut) == key(cache):
+            self.mistakes.append("`truncate` returned a KV cache that was released")
+        self.made("truncate", cut)
+
+    def released(self, cache: object) -> None:
+        """Record a KV cache about to be released."""
+        if self._end(cache):
+            self.mistakes.append("`release` was called for a KV cache that was released before")
+
+    @contextmanager
+    def no_error(self, function: str) -> Generator[None]:
+        """Record an error of one of the engine's functions: after a failed step, the library goes on without."""
+        try:
+            yield
+        except Exception as error:
+            self.mistakes.append(f"`{function}` raised {type(error).__name__}: {error}")
+            raise
+
+    def committed(self, session: Session) -> None:
+        """Record the KV caches of a session: a step may have put its own there."""
+        if session._slots is not None and session._slots.release is not None:
+            for cache in held(session):
+                if key(cache) in self._gone:
+                    self.mistakes.append("a step went on with a KV cache that was released")
+                self._begin(cache)
+
+    def left_over(self) -> bool:
+        """Whether there are KV caches without a session."""
+        return not self._live.keys() <= {
+            key(cache) for session in self.sessions for cache in held(session)
+        }
+
+    def _begin(self, cache: object) -> None:
+        self._gone.pop(key(cache), None)
+        self._live[key(cache)] = cache
+
+    def _end(self, cache: object) -> bool:
+        """Note that a KV cache has no owner any more, and return whether it had none before."""
+        gone = key(cache) in self._gone
+        self._live.pop(key(cache), None)
+        self._gone[key(cache)] = cache
+        return gone
+
+
+def key(cache: object) -> Hashable:
+    """Return the identity of a KV cache; its value, if it's a handle, as handles can be used again."""
+    return cache if isinstance(cache, (int, str, bytes)) else (id(cache),)
+
+
+def held(session: Session) -> list[object]:
+    """Return the KV caches held by a session."""
+    caches = session._kv_cache, session._savepoint_cache
+    return [cache for cache in caches if cache is not NO_CACHE]
+
+
+def slots_of(session: Session) -> Slots | None:
+    """Return the `StateSlots` of the engine that began a session, if one has."""
+    slots = session._slots
+    if isinstance(slots, ReportingFunctions):
+        return slots.slots
+    assert slots is None or isinstance(slots, StateSlots)
+    return slots
