@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from random import Random
 from threading import Lock
-from typing import Any, Final
+from typing import Any, BinaryIO, ClassVar, Final
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from attrs import define, field
 
 from inference_session import Session
-from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
+from inference_session.engine import TORN, BorrowedState, DecodeResult, PrefillResult, StateSlots
 
 
 VOCAB_SIZE: Final = 50
@@ -64,6 +65,8 @@ class TinyEngine:
     """An engine like others: a cache that is changed in place, and fed in chunks."""
 
     chunk = 3
+    options: ClassVar[dict[str, Any]] = {}
+    """What the kit is told of it."""
 
     def __init__(self) -> None:
         self.slots = self.make_slots()
@@ -295,6 +298,235 @@ class Patient(TinyEngine):
             return super().decode(session)
 
 
+class Batching(TinyEngine):
+    """It decodes batches, too."""
+
+    def decode_batch(self, sessions: Sequence[Session], /) -> Sequence[DecodeResult]:
+        """Feed the last token of each, and add the next."""
+        with self.slots.borrow_all(sessions) as states:
+            if not all(len(state.token_history) for state in states):
+                raise ValueError("nothing to decode from")
+            for state in states:
+                self.feed_all_but_last(state.session, state)
+            rows = [state.pending for state in states]
+            outs = self.forward_batch(states, rows)
+            return [
+                self.finish(state, row, out)
+                for state, row, out in zip(states, rows, outs, strict=True)
+            ]
+
+    def forward_batch(
+        self, states: Sequence[BorrowedState[Any]], rows: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """Run the model on all rows."""
+        return [
+            self.forward(state.session, state, row) for state, row in zip(states, rows, strict=True)
+        ]
+
+    def finish(self, state: BorrowedState[Any], row: Sequence[int], out: int) -> DecodeResult:
+        """Add the token that the model gave for a row."""
+        state.advance(len(row))
+        token = self.sample(state.session, state, out)
+        state.append([token])
+        return DecodeResult(token)
+
+
+class Filing(TinyEngine):
+    """Its caches can be copied, written to files and read from them."""
+
+    def make_slots(self) -> StateSlots[Any]:
+        """Describe the cache."""
+        return StateSlots(
+            create=self.create,
+            length=self.length,
+            truncate=self.truncate,
+            share=self.share,
+            dump=self.dump,
+            load=self.load,
+            release=self.release,
+        )
+
+    def share(self, cache: Any, length: int) -> Any:
+        """Copy the first tokens."""
+        return Cache((cache.layers[0][:length], cache.layers[1][:length]))
+
+    def dump(self, cache: Any, file: BinaryIO) -> None:
+        """Write both layers."""
+        file.write(json.dumps(cache.layers).encode())
+
+    def load(self, file: BinaryIO) -> Any:
+        """Read both layers."""
+        first, second = json.loads(file.read())
+        return Cache((first, second))
+
+
+def taken(engine: StaticCaches) -> int:
+    """Return how many caches sessions have."""
+    return 8 - len(engine.free)
+
+
+class StaticCaches(TinyEngine):
+    """It has as many caches as it will ever need, each with room for all tokens; a session has the number of one."""
+
+    room = 64
+    options: ClassVar[dict[str, Any]] = {"held": taken}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[tuple[list[int], list[int]]] = [
+            ([0] * self.room, [0] * self.room) for _ in range(8)
+        ]
+        self.used = [0] * 8
+        self.free = list(range(8))
+
+    def create(self) -> int:
+        """Take a cache, and use it from its beginning."""
+        cache = self.free.pop()
+        self.used[cache] = 0
+        return cache
+
+    def length(self, cache: int) -> int:
+        """Return how much of a cache is used."""
+        return self.used[cache]
+
+    def truncate(self, cache: int, length: int) -> int:
+        """Use less of it."""
+        self.used[cache] = length
+        return cache
+
+    def release(self, cache: int) -> None:
+        """Give a cache back."""
+        self.free.append(cache)
+
+    def forward(self, session: Session, state: BorrowedState[Any], tokens: Sequence[int]) -> int:
+        """Run the model on what is used, and write its new entries behind that."""
+        number: int = state.kv_cache
+        used, (first, second) = self.used[number], self.layers[number]
+        cache = Cache((first[:used], second[:used]))
+        out = forward(cache, tokens)
+        first[: len(cache.layers[0])], second[: len(cache.layers[1])] = cache.layers
+        self.used[number] = used + len(tokens)
+        return out
+
+
+class SlidingWindow(TinyEngine):
+    """Its model looks at the last tokens only, and its caches hold no others."""
+
+    window = 10
+
+    def create(self) -> WindowCache:
+        """Return a new cache."""
+        return WindowCache()
+
+    def length(self, cache: WindowCache) -> int:
+        """Return how many tokens were fed."""
+        return cache.count
+
+    def truncate(self, cache: WindowCache, length: int) -> WindowCache:
+        """Cut the window, if it hasn't moved yet; begin anew if it has."""
+        kept = length if cache.count <= self.window or length == cache.count else 0
+        if kept < cache.count:
+            cache.cut(kept)
+            cache.count = kept
+        return cache
+
+    def forward(self, session: Session, state: BorrowedState[Any], tokens: Sequence[int]) -> int:
+        """Run the model, and forget what has left the window."""
+        out, cache = 0, state.kv_cache
+        for token in tokens:
+            out = forward(cache, [token], cache.count % self.window)
+            cache.count += 1
+            for layer in cache.layers:
+                del layer[: -self.window]
+        return out
+
+    def feed(self, session: Session, state: BorrowedState[Any], tokens: Sequence[int]) -> int:
+        """Feed tokens; if that fails, nobody knows what has left the window."""
+        cache = state.kv_cache
+        try:
+            return super().feed(session, state, tokens)
+        except BaseException:
+            cache.cut(0)
+            cache.count = 0
+            raise
+
+
+@define(eq=False)
+class WindowCache(Cache):
+    """The last entries of a cache, and how many there were."""
+
+    count: int = 0
+
+
+class RecurrentLayer:
+    """A layer that keeps one number, whatever the length."""
+
+    @staticmethod
+    def forward(cache: HybridCache, token: int) -> int:
+        """Feed a token."""
+        cache.state = mix(cache.state + 1, token)
+        return cache.state
+
+
+class AttentionLayer:
+    """A layer that keeps an entry for each token."""
+
+    @classmethod
+    def forward(cls, cache: HybridCache, value: int) -> int:
+        """Feed what the layer below made of a token."""
+        cache.attention.append(value)
+        return attend(cache.attention)
+
+
+@define(eq=False)
+class HybridCache:
+    """The state of a recurrent layer, with some earlier ones, and the entries of an attention layer."""
+
+    state: int = 0
+    attention: list[int] = field(factory=list[int])
+    count: int = 0
+    earlier: dict[int, int] = field(factory=lambda: {0: 0})
+
+    def go_back(self, length: int) -> None:
+        """Go back to the last state kept that covers at most so many tokens."""
+        self.count = max(count for count in self.earlier if count <= length)
+        self.state = self.earlier[self.count]
+        self.earlier = {count: it for count, it in self.earlier.items() if count <= self.count}
+        del self.attention[self.count :]
+
+
+class Hybrid(TinyEngine):
+    """Its model has a recurrent layer below an attention layer."""
+
+    options: ClassVar[dict[str, Any]] = {
+        "fail_in": [(RecurrentLayer, "forward"), (AttentionLayer, "forward")]
+    }
+
+    def create(self) -> HybridCache:
+        """Return a new cache."""
+        return HybridCache()
+
+    def length(self, cache: HybridCache) -> int:
+        """Return how many tokens are covered, unless a step has failed between two layers."""
+        return cache.count
+
+    def truncate(self, cache: HybridCache, length: int) -> HybridCache:
+        """Go back to a state that was kept."""
+        cache.go_back(length)
+        return cache
+
+    def forward(self, session: Session, state: BorrowedState[Any], tokens: Sequence[int]) -> int:
+        """Run the model, and keep every fourth state."""
+        cache, out = state.kv_cache, 0
+        covered, cache.count = cache.count, TORN
+        for count, token in enumerate(tokens, covered + 1):
+            out = AttentionLayer.forward(cache, RecurrentLayer.forward(cache, token))
+            if count % 4 == 0:
+                cache.earlier[count] = cache.state
+        cache.count = covered + len(tokens)
+        return out
+
+
 def chance(session_id: UUID, position: int, out: int) -> int:
     """Draw a token that's one of two, most of the time."""
     random = Random(f"{session_id} {position}")
@@ -315,4 +547,9 @@ RIGHT: Final[Sequence[Callable[[], TinyEngine]]] = (
     Locked,
     Sampling,
     Patient,
+    Batching,
+    Filing,
+    StaticCaches,
+    SlidingWindow,
+    Hybrid,
 )

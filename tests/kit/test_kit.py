@@ -536,7 +536,7 @@ def test_checks_become_tests() -> None:
     run.values[0]()
 
 
-SKIPPED = 7
+SKIPPED = 8
 """Checks that a plain engine without `truncate` skips, and `rewind`."""
 
 

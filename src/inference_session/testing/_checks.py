@@ -7,7 +7,9 @@ import gc
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
+from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Final, TypeAlias
 from uuid import UUID
 
@@ -26,12 +28,10 @@ from inference_session.testing._faults import (
     fail_rewind,
     fail_step,
     fail_step_twice,
-    part_name,
     race,
-    reporting,
     step_together,
 )
-from inference_session.testing._observer import Event, slots_of
+from inference_session.testing._observer import Event, part_name, slots_of
 from inference_session.testing._scenario import (
     DECODE,
     MOST_SESSIONS,
@@ -261,6 +261,14 @@ def close(run: Scenario, chat: Chat, tokens: list[int], size: int, number: int) 
     run.close(chat)
 
 
+def branch_here(run: Scenario, chat: Chat, tokens: list[int], size: int, number: int) -> None:
+    """Branch off at about the end of a block, and go on in both."""
+    if len(run.open_chats) < MOST_SESSIONS - 2:
+        length = min(size * (1 + number % 3) + number % 4 - 2, len(chat.history))
+        child = run.branch(chat, max(length, 1))
+        decode_some(run, child, tokens, size, 0)
+
+
 Parting: TypeAlias = Callable[[Scenario, Chat, list[int], int, int], None]
 PARTINGS: Final[Sequence[Parting | None]] = (
     None,  # another session begins
@@ -272,7 +280,7 @@ PARTINGS: Final[Sequence[Parting | None]] = (
     part_here,
     reuse_beginning,
     evict,
-    None,
+    branch_here,
     close,
     decode_some,
 )
@@ -520,17 +528,18 @@ def failure_in_the_model(run: Scenario) -> None:
         return
     chat = run.open()
     run.prefill(chat, run.choose.prompt(2, reserve=24))
-    with reporting(run.parts, run.watch):
-        for error in run.choose.one_of((ERRORS[:1], ERRORS[:2], ERRORS[1:])):
-            decode, part = run.choose.flag(), run.choose.one_of(run.parts)
-            event = f"{run.choose.one_of(('before', 'after'))} {part_name(part)}"
-            before = run.watch.seen[event]
-            run.step(chat, DECODE if decode else a_prefill(run, chat))
-            calls = run.watch.seen[event] - before
-            step = DECODE if decode else a_prefill(run, chat)
-            if fail_step(run, chat, step, fault_at(event, run.choose.number(0, calls), error())):
-                run.proofs += 1
-                run.step(chat, step)
+    run.inside = run.parts
+    for error in run.choose.one_of((ERRORS[:1], ERRORS[:2], ERRORS[1:])):
+        event = (
+            f"{run.choose.one_of(('before', 'after'))} {part_name(run.choose.one_of(run.parts))}"
+        )
+        decode, before = run.choose.flag(), run.watch.seen[event]
+        run.step(chat, DECODE if decode else a_prefill(run, chat))
+        most = max(run.watch.seen[event] - before - 1, 0)  # calls of that part in such a step
+        step = DECODE if decode else a_prefill(run, chat)
+        if fail_step(run, chat, step, fault_at(event, run.choose.number(0, most), error())):
+            run.proofs += 1
+            run.step(chat, step)
     run.decode(chat)
 
 
@@ -621,6 +630,51 @@ def use_another_key(run: Scenario, chat: Chat) -> None:
     run.check_all()
 
 
+# Branches and files
+
+
+@check
+def branches(run: Scenario) -> None:
+    """A branch goes on from the tokens that it was given, and it and its parent leave each other alone."""
+    chats = [run.open()]
+    run.prefill(chats[0], run.choose.prompt(2, reserve=24))
+    for _ in range(run.choose.number(0, 3)):
+        run.decode(chats[0])
+    for _ in range(run.choose.number(1, 3)):
+        parent = run.choose.one_of(chats)
+        chats.append(run.branch(parent, run.choose.number(1, len(parent.history))))
+        for _ in range(run.choose.number(0, 3)):
+            run.choose.one_of(CHANGES)(run, run.choose.one_of(chats))
+    if run.choose.flag():
+        run.close(chats.pop(run.choose.number(0, len(chats) - 1)))
+    for chat in chats:
+        run.decode(chat)
+
+
+@about("this engine gives StateSlots no `dump` and `load`")
+def save_and_restore(run: Scenario) -> None:
+    """A session that is saved and restored, in the same engine or another one, goes on with its KV cache."""
+    chat = run.open()
+    run.prefill(chat, run.choose.prompt(2, reserve=24))
+    for _ in range(run.choose.number(0, 2)):
+        run.choose.one_of(CHANGES)(run, chat)
+    run.decode(chat)
+    slots, history = chat.slots, list(chat.history)
+    if slots is None or slots.dump is None:
+        return
+    covered = run.borrowing(chat, lambda state: state.kv_length)
+    moved, elsewhere = run.choose.flag(), run.choose.flag()
+    with TemporaryDirectory() as folder:
+        path = str(Path(folder, "session"))
+        run.save(chat, path, move=moved or elsewhere)
+        if elsewhere:
+            slots = run.replace_engine(history[:2])
+        restored = run.restore(slots, path, history, covered)
+    run.proofs += covered > 0
+    for one in [restored] if moved or elsewhere else [restored, chat, restored]:
+        run.decode(one)
+
+
 # Threads
 
 
@@ -657,15 +711,14 @@ def two_threads_on_two_sessions(run: Scenario) -> None:
         if run.choose.flag():
             run.decode(one)
 
-    inside = bool(run.parts) and run.choose.flag()
+    run.inside = run.parts if run.choose.flag() else ()
 
     def at(event: Event) -> bool:
-        return event.witness is (None if inside else chat.witness)
+        return event.witness is (None if run.inside else chat.witness)
 
     for _ in range(run.choose.number(1, 2)):
         steps = [(chat, a_step(run, chat)), (other, a_step(run, other))]
-        with reporting(run.parts if inside else (), run.watch):
-            step_together(run, steps, Pause(at, run.choose.number(0, 15), chat))
+        step_together(run, steps, Pause(at, run.choose.number(0, 15), chat))
     for one in (chat, other):
         run.decode(one)
 

@@ -1,22 +1,17 @@
 """Steps that are disturbed: made to fail, closed, or met by another thread, at chosen events."""
 
-import inspect
 from asyncio import CancelledError
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
-from functools import wraps
 from itertools import permutations
 from threading import Event as Signal
-from types import ModuleType
-from typing import Any, Final, NoReturn, TypeAlias
-from unittest.mock import patch
+from typing import Final, NoReturn
 
 from attrs import define, field
 
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 from inference_session.testing import _scenario
-from inference_session.testing._observer import Event, Trigger, Watch
+from inference_session.testing._observer import Event, Trigger, reporting
 from inference_session.testing._scenario import (
     BrokenError,
     Chat,
@@ -121,6 +116,7 @@ def _fail(
         raised.__traceback__ = raised.__context__ = None
     else:
         fired = _note(run, faults)
+        run.watch.begin_step()
         for fault in fired:
             if not isinstance(fault.error, Exception):
                 raise run.broken(f"the {fault.name} to reach the caller", "the step went on")
@@ -135,67 +131,6 @@ def _note(run: Scenario, faults: Sequence[Fault]) -> list[Fault]:
         run.failed = True
         run.remark(", then ".join(f"{it.name} is raised {it.fired}" for it in fired))
     return fired
-
-
-# Faults inside the model
-
-Part: TypeAlias = tuple[Any, str]
-"""A callable that the model consists of: what has it, a class or a module, and its name there."""
-
-
-def part_name(part: Part) -> str:
-    """Return how a part of the model is called in reports."""
-    owner, name = part
-    return f"{owner.__name__}.{name}"
-
-
-def checked_parts(fail_in: Iterable[Any]) -> list[Part]:
-    """Return the parts of a model, if they can be made to fail.
-
-    Raises:
-        TypeError: if one isn't a class or a module, and a name.
-        ValueError: if it has no such callable.
-    """
-    parts = list(fail_in)
-    for part in parts:
-        match part:
-            case (type() | ModuleType() as owner, str(name)) if callable(
-                getattr(owner, name, None)
-            ):
-                pass
-            case (type() | ModuleType() as owner, str(name)):
-                raise ValueError(f"fail_in: {owner.__name__!r} has no callable {name!r}")
-            case _:
-                raise TypeError(
-                    "fail_in must consist of pairs of a class or a module and a name, "
-                    f'such as (Layer, "forward"), got {part!r}'
-                )
-    return parts
-
-
-@contextmanager
-def reporting(parts: Sequence[Part], watch: Watch) -> Generator[None]:
-    """Report, until the block ends, each call of parts of the model: before they do their work, and after."""
-    with ExitStack() as stack:
-        for part in parts:
-            owner, name = part
-            report = _reporting(inspect.getattr_static(owner, name), part_name(part), watch)
-            stack.enter_context(patch.object(owner, name, report))
-        yield
-
-
-def _reporting(original: Any, event: str, watch: Watch) -> Any:
-    if isinstance(original, staticmethod | classmethod):
-        return type(original)(_reporting(original.__func__, event, watch))  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType, reportUnknownVariableType]
-
-    @wraps(original)
-    def report(*args: Any, **kwargs: Any) -> Any:
-        watch.happens("before", event)
-        result = original(*args, **kwargs)
-        watch.happens("after", event)
-        return result
-
-    return report
 
 
 # Closing
@@ -289,33 +224,38 @@ def _at_once(
     run.note(f"{first.on(chat)}  # in one thread", chat, other)
     run.note(f"{second.on(other)}  # in another, meanwhile", other)
     run.watch.begin_step(pause)
-    call = run.call(chat, first)
-    one = elsewhere(call)
-    one.add_done_callback(lambda _: pause.reached.set())
-    try:
-        if not pause.reached.wait(_scenario.PATIENCE):
-            raise ConclusiveError(run.broken("the first step to end", "it hangs"))
-        if pause.fired is None:
-            run.watch.begin_step()
-        else:
-            run.remark(f"which stops {pause.fired}", call=-2)
-            run.proofs += pause.in_borrow
-        two = elsewhere(run.call(other, second))
-        at_once = pause.in_borrow and chat is other
-        moment = max(A_MOMENT, 5 * run.slowest)
-        if not done(two, seconds=_scenario.PATIENCE if at_once else moment) and at_once:
-            raise ConclusiveError(
-                run.broken(
-                    "SessionBusyError at once",
-                    "the second step waits for the first: "
-                    "let a step borrow the session before it waits for a lock",
-                )
-            )
-    finally:
-        pause.over.set()
-    if not done(one, two, seconds=_scenario.PATIENCE):
-        raise ConclusiveError(run.broken("both steps to end", "one hangs"))
+    with reporting(run.inside, run.watch):
+        one = elsewhere(run.call(chat, first))
+        one.add_done_callback(lambda _: pause.reached.set())
+        try:
+            if not pause.reached.wait(_scenario.PATIENCE):
+                raise ConclusiveError(run.broken("the first step to end", "it hangs"))
+            if pause.fired is None:
+                run.watch.begin_step()
+            else:
+                run.remark(f"which stops {pause.fired}", call=-2)
+                run.proofs += pause.in_borrow
+            two = elsewhere(run.call(other, second))
+            _wait_a_moment(run, two, busy=pause.in_borrow and chat is other)
+        finally:
+            pause.over.set()
+        if not done(one, two, seconds=_scenario.PATIENCE):
+            raise ConclusiveError(run.broken("both steps to end", "one hangs"))
+    run.watch.begin_step()
     return one, two
+
+
+def _wait_a_moment(run: Scenario, two: Future[object], *, busy: bool) -> None:
+    """Give the second step the time to end, while the first is paused; it must, if it finds its session busy."""
+    moment = max(A_MOMENT, 5 * run.slowest)
+    if not done(two, seconds=_scenario.PATIENCE if busy else moment) and busy:
+        raise ConclusiveError(
+            run.broken(
+                "SessionBusyError at once",
+                "the second step waits for the first: "
+                "let a step borrow the session before it waits for a lock",
+            )
+        )
 
 
 def _find_order(run: Scenario, chat: Chat, won: Sequence[tuple[Step, object]]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from textwrap import indent
 from time import monotonic
+from types import ModuleType
 from typing import Any, Final, TypeVar
 from unittest import SkipTest
 
@@ -19,8 +20,7 @@ from inference_session._session import NO_CACHE
 from inference_session.engine import Engine
 from inference_session.testing._checks import CHECKS, Check
 from inference_session.testing._choices import Choices, text
-from inference_session.testing._faults import Part, checked_parts
-from inference_session.testing._observer import Watch
+from inference_session.testing._observer import Part, Watch
 from inference_session.testing._scenario import (
     Answers,
     BrokenError,
@@ -169,6 +169,30 @@ def selected(only: Collection[str] | None, skip: Mapping[str, str] | None) -> li
     if not checks:
         raise ValueError("only names no check, so nothing would be checked")
     return checks
+
+
+def checked_parts(fail_in: Iterable[Any]) -> list[Part]:
+    """Return the parts of a model, if they can be made to fail.
+
+    Raises:
+        TypeError: if one isn't a class or a module, and a name.
+        ValueError: if it has no such callable.
+    """
+    parts = list(fail_in)
+    for part in parts:
+        match part:
+            case (type() | ModuleType() as owner, str(name)) if callable(
+                getattr(owner, name, None)
+            ):
+                pass
+            case (type() | ModuleType() as owner, str(name)):
+                raise ValueError(f"fail_in: {owner.__name__!r} has no callable {name!r}")
+            case _:
+                raise TypeError(
+                    "fail_in must consist of pairs of a class or a module and a name, "
+                    f'such as (Layer, "forward"), got {part!r}'
+                )
+    return parts
 
 
 @define(eq=False, slots=False)

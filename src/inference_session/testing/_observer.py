@@ -4,19 +4,23 @@ A session that the kit has opened has a `Witness` as its observer, as one of a r
 begins, the core asks it for the engine's functions and for the lease, and gets some that report how they are used:
 
 - Every member of a borrowed state first calls the lease, to see whether it's still alive.
-- The core calls the engine's functions (`create`, `length`, `truncate`, `release`) through the witness.
+- The core calls the engine's functions (`create`, `length`, `truncate` and so on) where a borrow got them.
 
 So a report comes before every use of the session by a step. What the kit does there, such as raising an error, seems to
 come from the member or the function itself. Sessions without a witness notice nothing.
 """
 
+import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Generator, Hashable
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from threading import local
 from types import FrameType
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, BinaryIO, Final, Literal, TypeAlias
+from unittest.mock import patch
 from weakref import WeakSet
 
 from attrs import define, field, frozen
@@ -81,7 +85,10 @@ class Watch:
     """All events so far."""
     short: int = field(init=False)
     """By how many tokens `truncate` falls short of what it's asked for."""
+    _functions: "dict[Slots, ReportingFunctions]" = field(init=False)
     _triggers: list[Trigger] = field(init=False)
+    _acting: local = field(init=False, factory=local)
+    """Has the witness of the session that each thread has used last."""
 
     def __attrs_post_init__(self) -> None:
         self.reset()
@@ -91,6 +98,7 @@ class Watch:
         self.caches = CacheBook()
         self.seen = Counter()
         self.short = 0
+        self._functions = {}
         self.begin_step()
 
     def begin_step(self, *triggers: Trigger) -> None:
@@ -103,12 +111,25 @@ class Watch:
         witness = Witness(self)
         session._observer = witness
         if session._slots is not None:
-            session._slots = witness.functions(session._slots)
+            session._slots = self.functions(session._slots)
+            self.caches.committed(session)
         self.caches.sessions.add(session)
         return witness
 
-    def happens(self, when: When, name: str, witness: "Witness | None" = None) -> None:
-        """Record an event, and do what it triggers."""
+    def functions(self, slots: CacheFunctions[Any]) -> "ReportingFunctions":
+        """Return an engine's functions that report their calls: for the same engine, the same ones."""
+        if isinstance(slots, ReportingFunctions):
+            return slots
+        assert isinstance(slots, StateSlots)
+        return self._functions.setdefault(slots, ReportingFunctions(slots, self))
+
+    def acts(self, witness: "Witness") -> None:
+        """Record that the present thread uses a session."""
+        self._acting.witness = witness
+
+    def happens(self, when: When, name: str, *, inside: bool = False) -> None:
+        """Record an event, and do what it triggers; `inside` the model, no session is known."""
+        witness = None if inside else getattr(self._acting, "witness", None)
         event = Event(when, name, witness, self.advances)
         self.seen[str(event)] += 1
         for trigger in self._triggers:
@@ -125,19 +146,11 @@ class Witness:
     """The observer of one session."""
 
     watch: Watch
-    _functions: dict[Slots, "ReportingFunctions"] = field(
-        init=False, factory=dict[Slots, "ReportingFunctions"]
-    )
-
-    def functions(self, slots: CacheFunctions[Any]) -> "ReportingFunctions":
-        """Return an engine's functions that report their calls: for the same engine, the same ones."""
-        assert isinstance(slots, StateSlots | ReportingFunctions)
-        original = slots if isinstance(slots, StateSlots) else slots.slots
-        return self._functions.setdefault(original, ReportingFunctions(original, self))
 
     def happens(self, when: When, name: str) -> None:
         """Report an event."""
-        self.watch.happens(when, name, self)
+        self.watch.acts(self)
+        self.watch.happens(when, name)
         if name == "advance":
             self.watch.advances += 1
 
@@ -148,7 +161,7 @@ class Witness:
     ) -> tuple[CacheFunctions[Any], Lease]:
         """Return functions and a lease that report their calls."""
         self.happens("before", "borrow")
-        return self.functions(slots), ReportingLease(lease, self)
+        return self.watch.functions(slots), ReportingLease(lease, self)
 
     def committing(self, session: Session) -> None:
         """Report the end of a step, or another commit."""
@@ -196,10 +209,10 @@ def member_of(frame: FrameType | None) -> str | None:
 
 @define(eq=False)
 class ReportingFunctions:
-    """The functions of an engine's `StateSlots`, which report their calls in the steps of a session."""
+    """The functions of an engine's `StateSlots`, which report their calls."""
 
     slots: Slots
-    _witness: Witness
+    _watch: Watch
 
     @property
     def create(self) -> Callable[[], Any]:
@@ -217,6 +230,21 @@ class ReportingFunctions:
         return None if self.slots.truncate is None else self._truncate
 
     @property
+    def share(self) -> Callable[[Any, int], Any] | None:
+        """Make another KV cache of the first tokens."""
+        return None if self.slots.share is None else self._share
+
+    @property
+    def dump(self) -> Callable[[Any, BinaryIO], object] | None:
+        """Write a KV cache."""
+        return self.slots.dump
+
+    @property
+    def load(self) -> Callable[[BinaryIO], Any] | None:
+        """Read a KV cache."""
+        return self.slots.load
+
+    @property
     def release(self) -> Callable[[Any], object] | None:
         """Free a KV cache."""
         return None if self.slots.release is None else self._release
@@ -227,39 +255,86 @@ class ReportingFunctions:
         return self.slots.nbytes
 
     def _create(self) -> Any:
-        self._witness.happens("before", "create")
+        self._watch.happens("before", "create")
         cache = self.slots.create()
         self._caches.made("create", cache, releases=self.slots.release is not None)
         return cache
 
     def _length(self, cache: Any) -> int:
-        self._witness.happens("before", "length")
+        self._watch.happens("before", "length")
         length = self.slots.length(cache)
-        self._witness.happens("after", "length")
+        self._watch.happens("after", "length")
         return length
 
     def _truncate(self, cache: Any, length: int) -> Any:
         assert self.slots.truncate is not None
-        self._witness.happens("before", "truncate")
+        self._watch.happens("before", "truncate")
         with self._caches.no_error("truncate"):
-            cut = self.slots.truncate(cache, max(length - self._witness.watch.short, 0))
+            cut = self.slots.truncate(cache, max(length - self._watch.short, 0))
         if self.slots.release is not None:
             self._caches.truncated(cache, cut)
         if cut is cache:
             # A failure here would lose the new cache of a functional `truncate`: no fault of the engine.
-            self._witness.happens("after", "truncate")
+            self._watch.happens("after", "truncate")
         return cut
+
+    def _share(self, cache: Any, length: int) -> Any:
+        assert self.slots.share is not None
+        self._watch.happens("before", "share")
+        shared = self.slots.share(cache, length)
+        self._caches.made("share", shared, releases=self.slots.release is not None)
+        return shared
 
     def _release(self, cache: Any) -> None:
         assert self.slots.release is not None
-        self._witness.happens("before", "release")
+        self._watch.happens("before", "release")
         self._caches.released(cache)
         with self._caches.no_error("release"):
             self.slots.release(cache)
 
     @property
     def _caches(self) -> "CacheBook":
-        return self._witness.watch.caches
+        return self._watch.caches
+
+
+# What the model consists of
+
+Part: TypeAlias = tuple[Any, str]
+"""A callable that the model consists of: what has it, a class or a module, and its name there."""
+
+
+def part_name(part: Part) -> str:
+    """Return how a part of the model is called in reports."""
+    owner, name = part
+    return f"{owner.__name__}.{name}"
+
+
+@contextmanager
+def reporting(parts: Sequence[Part], watch: Watch) -> Generator[None]:
+    """Report, until the block ends, each call of parts of the model: before they do their work, and after."""
+    with ExitStack() as stack:
+        for part in parts:
+            owner, name = part
+            report = _reporting(inspect.getattr_static(owner, name), part_name(part), watch)
+            stack.enter_context(patch.object(owner, name, report))
+        yield
+
+
+def _reporting(original: Any, event: str, watch: Watch) -> Any:
+    if isinstance(original, staticmethod | classmethod):
+        return type(original)(_reporting(original.__func__, event, watch))  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType, reportUnknownVariableType]
+
+    @wraps(original)
+    def report(*args: Any, **kwargs: Any) -> Any:
+        watch.happens("before", event, inside=True)
+        result = original(*args, **kwargs)
+        watch.happens("after", event, inside=True)
+        return result
+
+    return report
+
+
+# Books
 
 
 @define(eq=False)

@@ -21,7 +21,7 @@ from inference_session import Session
 from inference_session.engine import BorrowedState, DecodeResult, Engine, PrefillResult, StateSlots
 from inference_session.exceptions import SessionBusyError
 from inference_session.testing._choices import Choices
-from inference_session.testing._observer import Slots, Watch, Witness, slots_of
+from inference_session.testing._observer import Part, Slots, Watch, Witness, reporting, slots_of
 
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ class Scenario:
 
     make_engine: Callable[[], Engine]
     held: Callable[[Any], int] | None
-    parts: Sequence[tuple[Any, str]]
+    parts: Sequence[Part]
     """What the model consists of, as `fail_in` says."""
     watch: Watch
     reference: "Reference"
@@ -143,6 +143,8 @@ class Scenario:
 
     engine: Engine = field(init=False)
     calls: list[str] = field(init=False, factory=lambda: ["engine = make_engine()"])
+    inside: Sequence[Part] = field(init=False, default=())
+    """Parts of the model whose calls are events, too."""
     proofs: int = field(init=False, default=0)
     """How often the subject of the check has happened."""
     failed: bool = field(init=False, default=False)
@@ -206,15 +208,21 @@ class Scenario:
 
     def open(self, session_id: UUID | None = None) -> Chat:
         """Make a session."""
-        session_id = session_id or UUID(int=self._ids.getrandbits(128), version=4)
-        return self.adopt(Session.with_id(session_id))
+        return self.adopt(Session.with_id(session_id or self.new_id()))
 
-    def adopt(self, session: Session, history: Sequence[int] = ()) -> Chat:
-        """Take in a session that was made by other calls, with its expected tokens."""
+    def new_id(self) -> UUID:
+        """Return an id: the same ones in each scenario."""
+        return UUID(int=self._ids.getrandbits(128), version=4)
+
+    def adopt(self, session: Session, line: str = "", history: Sequence[int] = ()) -> Chat:
+        """Take in a session, which a line of calls with a `{}` for its name has made, with its expected tokens."""
         assert len(self.open_chats) < MOST_SESSIONS
         count, self._opened = self._opened, self._opened + 1
         name = ascii_lowercase[count] if count < len(ascii_lowercase) else f"s{count}"
         chat = Chat(name, session, self.watch.add(session))
+        if line:
+            chat.shown = True
+            self.calls[-1] = line.format(name)
         chat.history = list(history)
         self._chats.append(chat)
         return chat
@@ -272,6 +280,58 @@ class Scenario:
             self.attempt(lambda: self.borrowing(chat, lambda state: state.reuse_prefix(tokens)))
             chat.history = list(tokens)
             self.check_all()
+
+    def branch(self, chat: Chat, length: int) -> Chat:
+        """Branch off a session with the first tokens of another one."""
+        child_id = self.new_id()
+        line = f'with slots.borrow({chat}) as state: {{}} = state.branch({length}, id=UUID("{child_id}"))'
+        self.note(line, chat)
+        self.watch.begin_step()
+        child = self.attempt(
+            lambda: self.borrowing(chat, lambda state: state.branch(length, id=child_id))
+        )
+        branched = self.adopt(child, line, chat.history[:length])
+        self.check_all()
+        return branched
+
+    def save(self, chat: Chat, path: str, *, move: bool) -> None:
+        """Write a session to a file, and close it if it's to be moved."""
+        slots = chat.slots
+        assert slots is not None
+        self.note(f"slots.save({chat}, path, {move=})", chat)
+        self.watch.begin_step()
+        self.attempt(lambda: slots.save(chat.session, path, move=move))
+        if move:
+            self.closed(chat)
+        self.check_all()
+
+    def restore(self, slots: Slots, path: str, history: Sequence[int], covered: int) -> Chat:
+        """Read a session from a file, with its KV cache."""
+        line = "{} = slots.restore(path)"
+        self.note(line)
+        chat = self.adopt(self.attempt(lambda: slots.restore(path)), line, history)
+        self.check_all()
+        kept = self.borrowing(chat, lambda state: state.kv_length)
+        if kept != covered:
+            raise self.broken(
+                f"`load` to return the KV cache of {covered} tokens that `dump` wrote",
+                f"it covers {kept}, or `load` raised an error: see the log",
+            )
+        return chat
+
+    def replace_engine(self, tokens: Sequence[int]) -> Slots:
+        """Go on with a new engine, as another process would, and return its slots; all sessions must be closed."""
+        self.check_held()
+        self.engine = self.make_engine()
+        if self.held is not None:
+            self._held = self.held(self.engine)
+        self.calls.append("engine = make_engine()  # as in another process")
+        with Session() as session:
+            self.attempt(lambda: self.engine.prefill(session, tokens))
+            slots = slots_of(session)
+        if slots is None:
+            raise self.broken("prefill to borrow the session", "it didn't")
+        return slots
 
     def close(self, chat: Chat) -> None:
         """Close a session."""
@@ -376,6 +436,10 @@ class Scenario:
 
     def perform(self, call: Callable[[], T]) -> T:
         """Make a call; once a step has failed, in a new thread, as the call may wait for ever."""
+        with reporting(self.inside, self.watch):
+            return self._perform(call)
+
+    def _perform(self, call: Callable[[], T]) -> T:
         if not self.failed:
             begin = perf_counter()
             result = call()
@@ -458,7 +522,7 @@ class Scenario:
         if token != self.ask(chat, self.reference.next_token):
             expected = self.ask(chat, self.reference.next_token_for_sure)
             if token != expected:
-                whose = f" for {chat}" if "decode_batch" in self.calls[-1] else ""
+                whose = "" if DECODE.on(chat) in self.calls[-1] else f" for {chat}"
                 self.remark(f"-> {token}{whose}, expected {expected}")
                 raise self.broken(
                     f"token {expected} after the tokens {chat.history}, "
