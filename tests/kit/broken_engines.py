@@ -8,12 +8,13 @@ from __future__ import annotations
 import threading
 import time
 from asyncio import CancelledError
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
-from typing import Any, Final, TypeVar, cast
+from typing import Any, cast
 from uuid import UUID
 
 from attrs import define
+from tests.kit.catalogue import caught_by
 from tests.kit.right_engines import (
     VOCAB_SIZE,
     Cache,
@@ -31,21 +32,6 @@ from inference_session.exceptions import SessionError
 
 
 State = BorrowedState[Any]
-E = TypeVar("E", bound=type[TinyEngine])
-
-BROKEN: Final[dict[type[TinyEngine], Sequence[str]]] = {}
-"""The broken engines, and for each the names of the checks that must catch it."""
-
-
-def caught_by(*checks: str) -> Callable[[E], E]:
-    """Say which checks must catch an engine."""
-
-    def note(engine: E) -> E:
-        BROKEN[engine] = checks
-        return engine
-
-    return note
-
 
 # The KV cache is not the session's own
 

@@ -18,14 +18,13 @@ from unittest import SkipTest
 
 import pytest
 from tests.kit.broken_engines import (
-    BROKEN,
     DecodeReturnsTheLast,
     LockNotReleased,
     PositionsRestart,
     SamplerWithoutSeed,
 )
+from tests.kit.engines import BROKEN, RIGHT
 from tests.kit.right_engines import (
-    RIGHT,
     VOCAB_SIZE,
     FunctionalWithoutTruncate,
     Minimal,

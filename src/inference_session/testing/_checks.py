@@ -6,7 +6,6 @@ The first line of a check's docstring is its promise, and is shown when it's bro
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from itertools import product
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -85,6 +84,7 @@ def about(vacuous: str = "", *, simple: bool = False) -> Callable[[Function], Fu
 @check
 def engine_runs(run: Scenario) -> None:
     """A new engine prefills a prompt and decodes from it, without an error."""
+    run.held = None  # other checks ask for it
     chat = run.open()
     run.note(f"engine.prefill({chat}, [1, 0, 1])", chat)
     run.attempt(run.call(chat, prefill([1, 0, 1])))
@@ -189,100 +189,91 @@ def shared_beginnings(run: Scenario) -> None:
     size = run.choose.one_of(
         [size for size in (4, 8, 2, 16) if 3 * size + 8 <= run.choose.max_tokens]
     )
-
-    def blocks(number: int) -> list[int]:
-        """Return up to three blocks of tokens, each one of two, so that they occur again, and at other places."""
-        count, which = 1 + number % 3, number // 3
-        return [
-            token
-            for place in range(count)
-            for token in text(100 + (which >> place) % 2, size, run.choose.vocab_size)
-        ]
-
-    def begin(number: int) -> None:
-        if len(run.open_chats) < MOST_SESSIONS - 2:
-            chat = run.open()
-            tail = text(number, 1 + number % 2, run.choose.vocab_size)
-            run.prefill(chat, [*blocks(number), *tail])
-            run.decode(chat)
-
     first = run.choose.number(0, 23)
-    for _ in range(2):
-        begin(first)
-    for kind, place, number in run.choose.sequence(len(PARTINGS), 4, 24):
-        if not run.open_chats:
-            begin(number)
-            continue
-        chat = run.open_chats[place % len(run.open_chats)]
-        part = PARTINGS[kind]
-        if part is None:
-            begin(number if place % 2 else first)
-        else:
-            part(run, chat, blocks(number), size, number)
+    other = first + 3 if first // 3 % 2 == 0 else first - 3  # only the first block differs
+    for turn in [(0, 0, first, 1), *run.choose.sequence(len(PARTINGS), 4, 24, 4)]:
+        kind, place, number, tail = turn
+        chats = run.open_chats
+        kind = kind if chats else 0
+        tokens = blocks(run, size, {0: first, 1: other}.get(kind, number))
+        tokens += text(number, tail, run.choose.vocab_size)
+        PARTINGS[kind](run, chats[place % len(chats)] if chats else run.open(), tokens, size)
     for chat in run.open_chats:
-        if run.room(chat):
+        if chat.history and run.room(chat):
             run.decode(chat)
 
 
-def continue_(run: Scenario, chat: Chat, tokens: list[int], size: int, number: int) -> None:
+def blocks(run: Scenario, size: int, number: int) -> list[int]:
+    """Return up to three blocks of tokens, each one of two, so that they occur again, and at other places."""
+    count, which = 1 + number % 3, number // 3
+    return [
+        token
+        for place in range(count)
+        for token in text(100 + (which >> place) % 2, size, run.choose.vocab_size)
+    ]
+
+
+def begin_another(run: Scenario, chat: Chat, tokens: list[int], size: int) -> None:
+    """Begin another session with some tokens, and decode from it, if they are an odd number."""
+    if not chat.history:
+        run.prefill(chat, tokens)
+    elif len(run.open_chats) < MOST_SESSIONS - 2 and len(tokens) < run.choose.max_tokens:
+        other = run.open()
+        run.prefill(other, tokens)
+        decode_some(run, other, tokens[: len(tokens) % 2], size)
+
+
+def begin_alike(run: Scenario, chat: Chat, tokens: list[int], size: int) -> None:
+    """Begin another session with all that a session has, and a few more tokens."""
+    begin_another(run, chat, [*chat.history, *tokens[size:][-3:]], size)
+
+
+def decode_some(run: Scenario, chat: Chat, tokens: list[int], size: int) -> None:
+    """Decode a few tokens."""
+    for _ in range(min(len(tokens) % (size + 2), run.room(chat))):
+        run.decode(chat)
+
+
+def go_on(run: Scenario, chat: Chat, tokens: list[int], size: int) -> None:
     """Prefill some tokens and decode, if there is room."""
     if run.room(chat) > len(tokens):
         run.prefill(chat, tokens)
         run.decode(chat)
 
 
-def decode_some(run: Scenario, chat: Chat, tokens: list[int], size: int, number: int) -> None:
-    """Decode a few tokens."""
-    for _ in range(min(1 + number % size, run.room(chat))):
-        run.decode(chat)
+def part_here(run: Scenario, chat: Chat, tokens: list[int], size: int) -> None:
+    """Go back to somewhere near the end of a block, and on with other tokens."""
+    run.rewind(chat, max(min(size + len(tokens) % (2 * size) - 2, len(chat.history)), 1))
+    go_on(run, chat, list(reversed(tokens[-size - 1 :])), size)
 
 
-def part_here(run: Scenario, chat: Chat, tokens: list[int], size: int, number: int) -> None:
-    """Go back to about the end of a block, and on with other tokens."""
-    length = min(size * (1 + number % 3) + number % 4 - 2, len(chat.history))
-    run.rewind(chat, max(length, 1))
-    tokens = text(number, 1 + number % (size + 1), run.choose.vocab_size)
-    continue_(run, chat, tokens, size, number)
-
-
-def reuse_beginning(run: Scenario, chat: Chat, tokens: list[int], size: int, number: int) -> None:
+def reuse_beginning(run: Scenario, chat: Chat, tokens: list[int], size: int) -> None:
     """Go on with other tokens, some of which may be those that are there."""
     run.reuse_prefix(chat, tokens)
     run.decode(chat)
 
 
-def evict(run: Scenario, chat: Chat, tokens: list[int], size: int, number: int) -> None:
-    """Evict."""
-    run.evict(chat)
-
-
-def close(run: Scenario, chat: Chat, tokens: list[int], size: int, number: int) -> None:
-    """Close."""
-    run.close(chat)
-
-
-def branch_here(run: Scenario, chat: Chat, tokens: list[int], size: int, number: int) -> None:
-    """Branch off at about the end of a block, and go on in both."""
+def branch_here(run: Scenario, chat: Chat, tokens: list[int], size: int) -> None:
+    """Branch off at somewhere near the end of a block, and go on in the branch."""
     if len(run.open_chats) < MOST_SESSIONS - 2:
-        length = min(size * (1 + number % 3) + number % 4 - 2, len(chat.history))
-        child = run.branch(chat, max(length, 1))
-        decode_some(run, child, tokens, size, 0)
+        length = max(min(size + len(tokens) % (2 * size) - 2, len(chat.history)), 1)
+        decode_some(run, run.branch(chat, length), [*tokens[:1]], size)
 
 
-Parting: TypeAlias = Callable[[Scenario, Chat, list[int], int, int], None]
-PARTINGS: Final[Sequence[Parting | None]] = (
-    None,  # another session begins
-    decode_some,
+Parting: TypeAlias = Callable[[Scenario, Chat, list[int], int], None]
+PARTINGS: Final[Sequence[Parting]] = (
+    begin_another,
+    begin_another,
     part_here,
-    None,
-    close,
-    continue_,
+    decode_some,
+    lambda run, chat, tokens, size: run.close(chat),
+    go_on,
     part_here,
     reuse_beginning,
-    evict,
+    begin_alike,
+    lambda run, chat, tokens, size: run.evict(chat),
     branch_here,
-    close,
-    decode_some,
+    part_here,
 )
 
 
@@ -305,9 +296,9 @@ def open_some(run: Scenario, least: int, most: int) -> list[Chat]:
 
 
 def some_of(run: Scenario, chats: Sequence[Chat]) -> list[Chat]:
-    """Choose some sessions, in any order."""
+    """Choose some sessions, or all of them, in any order."""
     rest, chosen = list(chats), list[Chat]()
-    for _ in range(run.choose.number(1, len(chats))):
+    for _ in range(len(chats) if run.choose.flag() else run.choose.number(1, len(chats))):
         chosen.append(rest.pop(run.choose.number(0, len(rest) - 1)))
     return chosen
 
@@ -317,7 +308,7 @@ def batches(run: Scenario) -> None:
     """A batch of any sessions, of any lengths and in any order, gives each the token that it would get alone."""
     if not has_batches(run):
         return
-    chats = open_some(run, 1, 5)
+    chats = open_some(run, 1, 6)
     for _ in range(run.choose.number(1, 4)):
         run.choose.one_of(CHANGES)(run, run.choose.one_of(chats))
         run.decode_batch(some_of(run, chats))
@@ -387,12 +378,12 @@ def failure_in_a_batch(run: Scenario) -> None:
     if not has_batches(run):
         return
     chats = open_some(run, 1, 4)
-    if run.choose.flag():
-        run.decode_batch(some_of(run, chats))
+    batch = some_of(run, chats)
+    run.decode_batch(batch)
+    places = run.events
     for error in ERRORS:
         if run.choose.number(0, 3) or not run.proofs:
-            batch = some_of(run, chats)
-            fault = Fault(can_fail, run.choose.number(0, 15), error())
+            fault = Fault(can_fail, run.choose.number(0, places - 1), error())
             if fail_batch(run, batch, fault):
                 run.proofs += 1
                 run.decode_batch(batch)
@@ -426,10 +417,10 @@ def fail_steps(
             run.proofs += 1
             run.step(chat, step)
 
-    for error, decode in product(ERRORS, (True, False)):
+    for error in ERRORS:
         # Hypothesis leaves out all steps not needed to show a failure.
-        if run.choose.number(0, 7) and (chat.history if decode else not only_decode):
-            fail(error(), decode=decode)
+        if run.choose.number(0, 7):
+            fail(error(), decode=only_decode or (bool(chat.history) and run.choose.flag()))
     if not run.proofs:
         fail(run.choose.one_of(ERRORS)(), decode=only_decode)
     run.decode(chat)
@@ -642,7 +633,9 @@ def branches(run: Scenario) -> None:
         run.decode(chats[0])
     for _ in range(run.choose.number(1, 3)):
         parent = run.choose.one_of(chats)
-        chats.append(run.branch(parent, run.choose.number(1, len(parent.history))))
+        count = len(parent.history)
+        length = run.choose.one_of((count, run.choose.number(1, count)))
+        chats.append(run.branch(parent, length))
         for _ in range(run.choose.number(0, 3)):
             run.choose.one_of(CHANGES)(run, run.choose.one_of(chats))
     if run.choose.flag():
@@ -706,19 +699,22 @@ def two_threads_on_one_session(run: Scenario) -> None:
 def two_threads_on_two_sessions(run: Scenario) -> None:
     """Two threads that step two sessions at once get what each would get alone."""
     chat, other = run.open(), run.open()
-    for one in (chat, other):
+    for one in (other, chat):
         run.prefill(one, run.choose.prompt(1, reserve=24))
-        if run.choose.flag():
-            run.decode(one)
-
     run.inside = run.parts if run.choose.flag() else ()
+    run.decode(chat)
+    places = run.events
 
     def at(event: Event) -> bool:
         return event.witness is (None if run.inside else chat.witness)
 
-    for _ in range(run.choose.number(1, 2)):
-        steps = [(chat, a_step(run, chat)), (other, a_step(run, other))]
-        step_together(run, steps, Pause(at, run.choose.number(0, 15), chat))
+    for _ in range(run.choose.number(1, 4)):
+        first, second = (
+            DECODE if run.choose.flag() else a_prefill(run, one, shortest=4)
+            for one in (chat, other)
+        )
+        pause = Pause(at, run.choose.number(0, places - 1), chat)
+        step_together(run, [(chat, first), (other, second)], pause)
     for one in (chat, other):
         run.decode(one)
 

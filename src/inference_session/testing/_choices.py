@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 T = TypeVar("T")
 
-TEXTS: Final = 16
+TEXTS: Final = 8
 """How many different sequences of tokens there are, apart from their length."""
 
 EDGES: Final = 0.1
@@ -19,6 +19,9 @@ EDGES: Final = 0.1
 
 FEW: Final = 8
 """How many tokens a short prompt has at most."""
+
+POWERS: Final = [2**exponent for exponent in range(3, 13)]
+"""Around their multiples, prompts end more often than elsewhere."""
 
 
 @cache
@@ -57,11 +60,21 @@ class Choices:
         return self.text(self.number(low, high))
 
     def prompt(self, low: int, reserve: int) -> list[int]:
-        """Choose a prompt: some tokens, or up to as many as leave room for `reserve` more."""
+        """Choose a prompt that leaves room for `reserve` more tokens.
+
+        Half of them are short. The others are about as long as a multiple of a power of two, where blocks and windows
+        end, or as long as possible.
+        """
         most = self.max_tokens - reserve
-        if self.flag():
-            return self.text(self.one_of(lengths(low, most)))
-        return self.tokens(low, min(FEW, most))
+        kind = self.one_of(("short", "short", "short", "around", "around", "longest"))
+        if kind == "short":
+            length = self.number(low, FEW)
+        elif kind == "longest":
+            length = most - self.number(0, 3)
+        else:
+            power = self.one_of([power for power in POWERS if power <= most])
+            length = power * self.number(1, most // power) + self.number(-2, 1)
+        return self.text(min(max(length, low), most))
 
     def text(self, length: int, texts: int = TEXTS) -> list[int]:
         """Choose one of some sequences of so many tokens."""
@@ -76,19 +89,6 @@ class Choices:
             for _ in range(3)
             for call in self.data.draw(st.lists(calls, min_size=1, max_size=8))
         ]
-
-
-@cache
-def lengths(low: int, high: int) -> Sequence[int]:
-    """Return the lengths that prompts aim at: the longest, and those around multiples of powers of two."""
-    powers = [power for power in (8, 16, 32, 64, 128, 256, 512, 1024) if power <= high]
-    around = {
-        power * factor + offset
-        for power in powers
-        for factor in (*range(1, 5), high // power)
-        for offset in (-1, 0, 1)
-    }
-    return sorted({low, high - 1, high, *around} & set(range(low, high + 1)))
 
 
 @cache

@@ -33,7 +33,7 @@ from inference_session.testing._scenario import (
 
 E = TypeVar("E", bound=Engine)
 
-MAX_EXAMPLES: Final = 20
+MAX_EXAMPLES: Final = 16
 LEAST_TOKENS: Final = 32
 HEALTH_CHECKS: Final = (
     HealthCheck.data_too_large,

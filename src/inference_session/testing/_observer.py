@@ -81,8 +81,10 @@ class Watch:
     caches: "CacheBook" = field(init=False)
     advances: int = field(init=False)
     """How often the present step has advanced."""
+    count: int = field(init=False)
+    """How many events there were so far."""
     seen: Counter[str] = field(init=False)
-    """All events so far."""
+    """The same by their names."""
     short: int = field(init=False)
     """By how many tokens `truncate` falls short of what it's asked for."""
     _functions: "dict[Slots, ReportingFunctions]" = field(init=False)
@@ -96,6 +98,7 @@ class Watch:
     def reset(self) -> None:
         """Begin with a new engine."""
         self.caches = CacheBook()
+        self.count = 0
         self.seen = Counter()
         self.short = 0
         self._functions = {}
@@ -131,6 +134,7 @@ class Watch:
         """Record an event, and do what it triggers; `inside` the model, no session is known."""
         witness = None if inside else getattr(self._acting, "witness", None)
         event = Event(when, name, witness, self.advances)
+        self.count += 1
         self.seen[str(event)] += 1
         for trigger in self._triggers:
             if trigger.fired is None and trigger.at(event):

@@ -149,6 +149,8 @@ class Scenario:
     """How often the subject of the check has happened."""
     failed: bool = field(init=False, default=False)
     """Whether a step has failed."""
+    events: int = field(init=False, default=0)
+    """How many events there were in the last call."""
     longest: int = field(init=False, default=0)
     """The most tokens that a session has had."""
     slowest: float = field(init=False, default=0.0)
@@ -436,8 +438,11 @@ class Scenario:
 
     def perform(self, call: Callable[[], T]) -> T:
         """Make a call; once a step has failed, in a new thread, as the call may wait for ever."""
+        before = self.watch.count
         with reporting(self.inside, self.watch):
-            return self._perform(call)
+            result = self._perform(call)
+        self.events = self.watch.count - before
+        return result
 
     def _perform(self, call: Callable[[], T]) -> T:
         if not self.failed:
