@@ -392,11 +392,11 @@ class Session(NeverCopied):
             slots = self._slots
         except AttributeError:  # not initialised
             return
-        if slots is None or self._pid != getpid():
+        if slots is None or slots.release is None or self._pid != getpid():
             return
         self._lease = self._nobody  # its holder is garbage, too
         try:
-            if self._holds_cache() and slots.release is not None and not self._closed:
+            if self._holds_cache() and not self._closed:
                 warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
         finally:
             self._closed = True  # a recorded warning keeps the session alive
