@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -13,28 +14,35 @@ from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from threading import Event, Lock, RLock, Thread
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from unittest import SkipTest
+from weakref import WeakSet
 
 import pytest
 from tests.kit.broken_engines import (
     DecodeReturnsTheLast,
     LockNotReleased,
+    OneCacheForAll,
     PositionsRestart,
     SamplerWithoutSeed,
 )
+from tests.kit.broken_models import StaticCacheNotGivenBack
 from tests.kit.engines import BROKEN, RIGHT
+from tests.kit.paged_engines import Paged
 from tests.kit.right_engines import (
     VOCAB_SIZE,
+    Batching,
+    Cache,
     FunctionalWithoutTruncate,
     Minimal,
     TinyEngine,
 )
 from tests.kit.test_engines import SEEDS
+from tests.kit.weak_engines import Constant
 
 from inference_session import Session
-from inference_session.engine import BorrowedState, DecodeResult, PrefillResult
-from inference_session.exceptions import SessionBusyError, SessionClosedError
+from inference_session.engine import BorrowedState, DecodeResult, PrefillResult, StateSlots
+from inference_session.exceptions import SessionBusyError, SessionClosedError, StateMismatchError
 from inference_session.testing import check_engine, parametrize_with_checks
 from inference_session.testing._checks import ANY, CHECKS, between_borrows
 from inference_session.testing._choices import Choices
@@ -70,8 +78,9 @@ def a_kit(engine: Callable[[], TinyEngine], **options: Any) -> Kit:
 
 def message(engine: Callable[[], TinyEngine], check: str, *, seed: int = 0) -> str:
     """Return what is said of a broken engine."""
+    options: dict[str, Any] = getattr(engine, "options", {})
     with pytest.raises(AssertionError) as caught:
-        check_engine(engine, vocab_size=VOCAB_SIZE, only=[check], seed=seed)
+        check_engine(engine, vocab_size=VOCAB_SIZE, only=[check], seed=seed, **options)
     return str(caught.value)
 
 
@@ -130,6 +139,83 @@ def test_unsteady_engine_is_told() -> None:
     """An engine that answers differently each time is found out, though what it did can't be shown again."""
     text = message(SamplerWithoutSeed, "replay_gives_the_same_tokens")
     assert "Expected:  token" in text or "again" in text
+
+
+def test_unused_sessions_are_not_shown() -> None:
+    """What is shown is what is needed: no session that no call uses, and no name that isn't explained."""
+    text = message(PositionsRestart, "decode_from_the_cache")
+    calls = text.partition("that shows it:\n")[2].partition("To run")[0]
+    made = re.findall(r"^    (\w) = Session", calls, re.MULTILINE)
+    assert made
+    for name in made:
+        assert len(re.findall(rf"\b{name}\b", calls)) > 1
+    assert set(re.findall(r"engine\.\w+\((\w)", calls)) == set(made)
+
+
+def test_shortening_takes_limited_time() -> None:
+    """When the time is over, the shortest sequence so far is what is told."""
+    kit = a_kit(DecodeReturnsTheLast, shrink_seconds=0.0)
+    with pytest.raises(AssertionError, match="the engine breaks a promise") as caught:
+        kit.run(CHECKS["tokens_reach_the_session"])
+    shortest = message(DecodeReturnsTheLast, "tokens_reach_the_session")
+    assert len(str(caught.value)) >= len(shortest)
+
+
+def test_cache_of_two_sessions_is_named() -> None:
+    """An error of an engine that gives one KV cache to two sessions is told as that, and leads to its cause."""
+    with pytest.raises(AssertionError, match="each KV cache to be one session's") as caught:
+        check_engine(OneCacheForAll, vocab_size=VOCAB_SIZE, only=["sessions_interleaved"])
+    assert "another session has" in str(caught.value)
+    assert "StateMismatchError: create: the KV cache" in str(caught.value)
+    assert isinstance(caught.value.__cause__, StateMismatchError)
+
+
+def test_cache_of_two_sessions_without_release_is_named() -> None:
+    """The same where caches are not released, and it might have been harmless."""
+
+    class Shared(OneCacheForAll):
+        def make_slots(self) -> StateSlots[Any]:
+            return StateSlots(create=self.create, length=self.length, truncate=self.truncate)
+
+    text = message(Shared, "sessions_interleaved")
+    assert "`create` returned a KV cache that another session has" in text
+
+
+def test_errors_in_rollbacks_are_told() -> None:
+    """An error of `truncate` or `release` that the library gets over, after a failed step, isn't overlooked."""
+
+    class Fails(TinyEngine):
+        def truncate(self, cache: Any, length: int) -> Any:
+            raise ZeroDivisionError
+
+    assert "`truncate` raised ZeroDivisionError" in message(Fails, "failure_before_advance")
+
+
+def test_weakness_has_two_meanings() -> None:
+    """Who has a weak engine learns both things that it may mean."""
+    with pytest.raises(AssertionError, match="too weak to check") as caught:
+        check_engine(Constant, vocab_size=VOCAB_SIZE, only=["engine_runs"])
+    assert "hardly depend on the prompt" in str(caught.value)
+    assert "is not what the model is given" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("results", "got"),
+    [
+        (7, "Expected:  a sequence of DecodeResults"),
+        ([], "Expected:  1 results\nGot:       0 results"),
+        ([7], "Expected:  a DecodeResult"),
+    ],
+)
+def test_odd_results_of_batches(results: object, got: str) -> None:
+    """What isn't a batch's result isn't taken for one."""
+
+    class Odder(Batching):
+        def decode_batch(self, sessions: Sequence[Session], /) -> Any:
+            super().decode_batch(sessions)
+            return results if len(sessions) == 1 else [DecodeResult(0)] * len(sessions)
+
+    assert got.partition("\n")[0].rstrip("s") in message(Odder, "batches") or "token" in got
 
 
 def test_error_of_the_engine_is_the_cause() -> None:
@@ -539,20 +625,31 @@ SKIPPED = 8
 """Checks that a plain engine without `truncate` skips, and `rewind`."""
 
 
-def test_in_a_suite(tmp_path: Path) -> None:
-    """One line in a test suite is enough; nothing is written, and no warning comes of it."""
-    test = tmp_path / "test_engine.py"
+def suite(folder: Path, engine: str, options: str = "") -> str:
+    """Run all checks of an engine as a test suite would, and return what pytest says."""
+    module, _, name = engine.rpartition(".")
+    test = folder / "test_engine.py"
     test.write_text(
         "from inference_session.testing import parametrize_with_checks\n"
-        "from tests.kit.right_engines import FunctionalWithoutTruncate as Engine\n"
-        "@parametrize_with_checks(Engine, vocab_size=50, max_examples=2, skip={'rewind': 'not now'})\n"
+        f"from {module} import {name} as Engine\n"
+        f"@parametrize_with_checks(Engine, vocab_size=50, max_examples=2{options})\n"
         "def test_engine(check):\n"
         "    check()\n"
     )
-    command = [sys.executable, "-W", "error", "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-v"]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-rsP",
+        "-v",
+    ]
     result = subprocess.run(
         [*command, "--rootdir", ".", "test_engine.py"],
-        cwd=tmp_path,
+        cwd=folder,
         env={
             **environment(),
             "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
@@ -562,15 +659,144 @@ def test_in_a_suite(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert f"{len(CHECKS) - SKIPPED} passed, {SKIPPED} skipped" in result.stdout, result.stdout
-    assert "not now" in result.stdout
-    assert "gives StateSlots no `truncate`" in result.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["test_engine.py"]
+    assert [path.name for path in folder.iterdir()] == ["test_engine.py"]
+    return result.stdout
+
+
+def test_in_a_suite(tmp_path: Path) -> None:
+    """One line in a test suite is enough; nothing is written, and no warning comes of it."""
+    engine = "tests.kit.right_engines.FunctionalWithoutTruncate"
+    said = suite(tmp_path, engine, ", skip={'rewind': 'not now'}")
+    assert f"{len(CHECKS) - SKIPPED} passed, {SKIPPED} skipped" in said, said
+    assert "not now" in said
+    assert "gives StateSlots no `truncate`" in said
+    assert re.search(r"The longest history had \d+ tokens\.", said)
+
+
+def test_typo_is_one_failure(tmp_path: Path) -> None:
+    """An engine that doesn't run at all fails once, with one traceback; all else is skipped, and says why."""
+    said = suite(tmp_path, "tests.kit.broken_models.Typo")
+    assert f"1 failed, {len(CHECKS) - 1} skipped" in said, said
+    assert said.count("AttributeError: 'Typo' object has no attribute 'smaple'") >= 1
+    assert "this engine doesn't run at all, as another test shows" in said
+
+
+def test_weakness_is_one_failure(tmp_path: Path) -> None:
+    """An engine that is too weak fails once; what can't be shown of it is skipped."""
+    said = suite(tmp_path, "tests.kit.weak_engines.Constant")
+    assert f"1 failed, {len(CHECKS) - 1} skipped" in said, said
+    assert "this engine is too weak to check, as another test shows" in said
 
 
 def environment() -> dict[str, str]:
     """Return the environment, without what would tell Hypothesis or coverage where to write."""
     return {name: value for name, value in os.environ.items() if "HYPOTHESIS" not in name}
+
+
+# Its options
+
+
+class Model:
+    """A model whose parts can be called in each way."""
+
+    def method(self, value: int) -> int:
+        """Return a value."""
+        return value
+
+    @staticmethod
+    def static(value: int) -> int:
+        """Return a value."""
+        return value
+
+    @classmethod
+    def of_class(cls, value: int) -> int:
+        """Return a value."""
+        return value
+
+
+class Modelled(TinyEngine):
+    """An engine that calls all parts of its model."""
+
+    options: ClassVar[dict[str, Any]] = {
+        "fail_in": [(Model, "method"), (Model, "static"), (Model, "of_class"), (json, "dumps")]
+    }
+
+    def sample(self, session: Session, state: BorrowedState[Any], out: int) -> int:
+        """Choose a token by what the model returns."""
+        model = Model()
+        value = model.of_class(model.static(model.method(out)))
+        return super().sample(session, state, value + len(json.dumps([])))
+
+
+def test_parts_are_as_they_were() -> None:
+    """Whatever can be called can be made to fail; afterwards, classes and modules are as before."""
+    before = [dict(vars(it)) for it in (Model, json)]
+    check_engine(Modelled, vocab_size=VOCAB_SIZE, only=["failure_in_the_model"], **Modelled.options)
+    assert [dict(vars(it)) for it in (Model, json)] == before
+
+
+def test_parts_must_be_there() -> None:
+    """What is no part of a model is refused, and nothing is checked."""
+    with pytest.raises(ValueError, match="'Model' has no callable 'forward'"):
+        check_engine(Modelled, vocab_size=VOCAB_SIZE, fail_in=[(Model, "forward")])
+    with pytest.raises(TypeError, match="pairs of a class or a module and a name"):
+        check_engine(Modelled, vocab_size=VOCAB_SIZE, fail_in=[Model.static])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+
+
+def test_held_must_be_a_function() -> None:
+    """What can't be called can't say what an engine holds."""
+    with pytest.raises(TypeError, match="held must be a function, got 'int'"):
+        check_engine(TinyEngine, vocab_size=VOCAB_SIZE, held=cast("Any", 7))
+
+
+def test_held_is_told() -> None:
+    """What an engine still holds when all sessions are closed is said, with what it was."""
+    text = message(StaticCacheNotGivenBack, "tokens_reach_the_session")
+    assert "Expected:  held(engine) to be 0, as it was before the first session" in text
+
+
+def test_held_may_need_the_collector() -> None:
+    """What is held by garbage in cycles is held no more."""
+
+    class Cyclic(TinyEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.live: WeakSet[Cache] = WeakSet()
+
+        def make_slots(self) -> StateSlots[Any]:
+            return StateSlots(create=self.create, length=self.length, truncate=self.truncate)
+
+        def create(self) -> Cache:
+            cache = Cache(([], []))
+            cycle: list[object] = [cache]
+            cycle.append(cycle)
+            self.live.add(cache)
+            return cache
+
+    check_engine(
+        Cyclic,
+        vocab_size=VOCAB_SIZE,
+        held=lambda engine: len(engine.live),
+        only=["decode_from_the_cache"],
+    )
+
+
+def test_longest_history_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run says how long its longest history was: close to what it was given."""
+    for most in 32, 64, 200:
+        check_engine(
+            TinyEngine, vocab_size=VOCAB_SIZE, max_tokens=most, only=["decode_from_the_cache"]
+        )
+        said = re.findall(r"The longest history had (\d+) tokens", capsys.readouterr().out)
+        assert most - 12 <= int(said[0]) <= most
+    with pytest.raises(ValueError, match="max_tokens must be at least 32, got 31"):
+        check_engine(TinyEngine, vocab_size=VOCAB_SIZE, max_tokens=31)
+
+
+def test_shortest_room_is_enough() -> None:
+    """Every check gets by with the fewest tokens that may be asked for."""
+    for engine in (TinyEngine, Paged):
+        check_engine(engine, vocab_size=VOCAB_SIZE, max_tokens=32, **engine.options)
 
 
 # What it leaves behind

@@ -47,8 +47,8 @@ SHRINK_SECONDS: Final = 30.0
 """How many seconds are spent on it, at most, give or take one try."""
 
 
-class TooWeakError(AssertionError):
-    """The engine broke no promise, but wouldn't have been caught if it had."""
+class UnprovenError(AssertionError):
+    """The engine broke no promise in this check, but nobody knows whether it would have been caught."""
 
 
 def check_engine(
@@ -89,7 +89,7 @@ def check_engine(
         unittest.SkipTest: if nothing was checked: `skip` names all checks, or the others don't apply to the engine.
     """
     kit = Kit(make_engine, vocab_size, max_tokens, held, fail_in, max_examples, seed)
-    too_weak: TooWeakError | None = None
+    unproven: UnprovenError | None = None
     nothing: SkipTest | None = SkipTest("all checks are skipped")
     for check in selected(only, skip):
         if check.name not in (skip or {}):
@@ -98,11 +98,11 @@ def check_engine(
                 nothing = None
             except SkipTest as reason:
                 nothing = nothing and reason
-            except TooWeakError as error:  # another check may still find it broken
-                too_weak = too_weak or error
-    unproven = too_weak or nothing
-    if unproven is not None:
-        raise unproven
+            except UnprovenError as error:  # another check may still find it broken
+                unproven = unproven or error
+    missing = unproven or nothing
+    if missing is not None:
+        raise missing
     print(f"The engine passes. {kit.longest_history}")  # noqa: T201
 
 
@@ -268,13 +268,14 @@ class Kit:
         """Raise an error if the engine is too weak to check; after the first time, skip the check."""
         __tracebackhide__ = True
         if isinstance(self._weakness, BrokenError):
-            raise self._failure(CHECKS["engine_runs"], self._weakness) from self._weakness.__cause__
+            failure = self._failure(CHECKS["engine_runs"], self._weakness)
+            raise UnprovenError(str(failure)) from self._weakness.__cause__
         if self._weakness is None:
             return
         if self._unfit and check.name != "engine_runs":
             raise SkipTest(f"{self._unfit}, as another test shows")
         self._unfit = TOO_WEAK
-        raise TooWeakError(
+        raise UnprovenError(
             f"{check.name}: {TOO_WEAK}, so nothing is proven: {self._weakness}.\n"
             "Either the model's answers hardly depend on the prompt: with random weights, use larger ones, and untie "
             "the embeddings.\n"

@@ -289,12 +289,16 @@ class Scenario:
         line = f'with slots.borrow({chat}) as state: {{}} = state.branch({length}, id=UUID("{child_id}"))'
         self.note(line, chat)
         self.watch.begin_step()
-        child = self.attempt(
-            lambda: self.borrowing(chat, lambda state: state.branch(length, id=child_id))
-        )
-        branched = self.adopt(child, line, chat.history[:length])
+
+        def branch(state: BorrowedState[Any]) -> Chat:
+            child = state.branch(length, id=child_id)
+            return self.adopt(
+                child, line, chat.history[:length]
+            )  # so it's closed, whatever happens
+
+        child = self.attempt(lambda: self.borrowing(chat, branch))
         self.check_all()
-        return branched
+        return child
 
     def save(self, chat: Chat, path: str, *, move: bool) -> None:
         """Write a session to a file, and close it if it's to be moved."""
@@ -631,10 +635,7 @@ class Reference:
         """Return the token after this history, in a session with this id."""
         key = session_id, tuple(history)
         if key not in self._known:
-            if self._engine is None or self.swayed is not None:
-                self._engine = self.make_engine()
-            self._served += 1
-            self._known[key] = next_token(self._engine, session_id, history)
+            self._known[key] = self._ask(session_id, history)
         return self._known[key]
 
     def next_token_for_sure(self, session_id: UUID, history: Sequence[int]) -> int:
@@ -644,19 +645,39 @@ class Reference:
             return token
         new = next_token(self.make_engine(), session_id, history)
         if new != token:
-            self.swayed = BrokenError(
-                f"token {new} after the tokens {list(history)}, as of a new engine",
-                f"{token}",
-                [
-                    "engine = make_engine()",
-                    f"# {self._served} sessions, one at a time: prefill, decode, close",
-                    f'a = Session.with_id(UUID("{session_id}"))',
-                    f"engine.prefill(a, {list(history)})",
-                    f"engine.decode(a)  # -> {token}, expected {new}",
-                ],
-            )
+            self._sway(f"token {new} as of a new engine", f"{token}", session_id, history)
             self._known = {(session_id, tuple(history)): new}
         return new
+
+    def _ask(self, session_id: UUID, history: Sequence[int]) -> int:
+        if self._engine is None or self.swayed is not None:
+            self._engine = self.make_engine()
+            self._served = 0
+        self._served += 1
+        try:
+            return next_token(self._engine, session_id, history)
+        except Exception as error:
+            if self._served == 1:
+                raise
+            new = next_token(self.make_engine(), session_id, history)
+            self._sway(f"token {new} as of a new engine", told(error), session_id, history)
+            assert self.swayed is not None
+            self.swayed.__cause__ = error
+            return new
+
+    def _sway(self, expected: str, got: str, session_id: UUID, history: Sequence[int]) -> None:
+        """Record that earlier sessions, closed by now, have changed an engine's answer."""
+        self.swayed = BrokenError(
+            expected,
+            got,
+            [
+                "engine = make_engine()",
+                f"# {self._served - 1} sessions, one at a time: prefill, decode, close",
+                f'a = Session.with_id(UUID("{session_id}"))',
+                f"engine.prefill(a, {list(history)})",
+                "engine.decode(a)",
+            ],
+        )
 
 
 Answers = dict[tuple[UUID, tuple[int, ...]], int]
