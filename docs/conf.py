@@ -42,7 +42,7 @@ autodoc_default_options = {"members": True}
 # A build must not need the network, so what is linked of the standard library is listed in a file.
 intersphinx_mapping = {"python": ("https://docs.python.org/3", "python.inv")}
 nitpick_ignore_regex = [
-    (r"py:class", r"_pytest\..*|.*\.(KV|T)"),
+    (r"py:class", r"_pytest\..*|.*\.(E|KV|T)"),
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist"]

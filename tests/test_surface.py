@@ -22,6 +22,7 @@ SURFACE = {
     "inference_session": ["Session", "SessionRegistry"],
     "inference_session.engine": [
         "TORN",
+        "BatchEngine",
         "BorrowedState",
         "DecodeResult",
         "Engine",

@@ -56,5 +56,20 @@ class Engine(Protocol):
         ...
 
 
-# In the class body, it would be a member of the protocol.
-Engine.__module__ = "inference_session.engine"
+class BatchEngine(Engine, Protocol):
+    """An engine that also steps many sessions at once."""
+
+    def decode_batch(self, sessions: Sequence[Session], /) -> Sequence[DecodeResult]:
+        """Compute the next token of each session and add it to its history; return the results in the same order.
+
+        All sessions take the step, or none does.
+
+        Raises:
+            ValueError: if a session has no tokens to go on from.
+            SessionError: if a session can't be borrowed, or is in the batch twice.
+        """
+        ...
+
+
+# In the class bodies, it would be a member of the protocols.
+Engine.__module__ = BatchEngine.__module__ = "inference_session.engine"

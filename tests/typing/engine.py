@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import assert_type
 
 from inference_session import Session
-from inference_session.engine import DecodeResult, Engine, PrefillResult, StateSlots
+from inference_session.engine import BatchEngine, DecodeResult, Engine, PrefillResult, StateSlots
 
 
 def test_engine_needs_no_base_class() -> None:
@@ -56,6 +56,28 @@ def test_results_are_typed(engine: Engine, session: Session) -> None:
     assert_type(engine.prefill(session, (1, 2, 3)).tokens_processed, int)
     assert_type(engine.decode(session), DecodeResult)
     assert_type(engine.decode(session).token, int)
+
+
+def test_engine_of_batches(
+    engine: BatchEngine, plain: Engine, sessions: list[Session]
+) -> list[Engine]:
+    """An engine of batches is an engine; an engine that has none isn't one of batches."""
+    assert_type(engine.decode_batch(sessions), Sequence[DecodeResult])
+    assert_type(engine.decode_batch(())[0].token, int)
+
+    class Lists:
+        def prefill(self, session: Session, tokens: Sequence[int]) -> PrefillResult:
+            return PrefillResult(len(tokens))
+
+        def decode(self, session: Session) -> DecodeResult:
+            return DecodeResult(7)
+
+        def decode_batch(self, batch: Sequence[Session]) -> list[DecodeResult]:
+            return [self.decode(session) for session in batch]
+
+    batches: BatchEngine = Lists()
+    batches = plain  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # ty: ignore[invalid-assignment]
+    return [engine, batches]
 
 
 def test_engine_that_does_less() -> list[Engine]:

@@ -18,7 +18,14 @@ from weakref import ref
 from attrs import define, field, frozen
 
 from inference_session import Session
-from inference_session.engine import BorrowedState, DecodeResult, Engine, PrefillResult, StateSlots
+from inference_session.engine import (
+    BatchEngine,
+    BorrowedState,
+    DecodeResult,
+    Engine,
+    PrefillResult,
+    StateSlots,
+)
 from inference_session.exceptions import SessionBusyError
 from inference_session.testing._choices import Choices
 from inference_session.testing._observer import Part, Slots, Watch, Witness, reporting, slots_of
@@ -437,7 +444,7 @@ class Scenario:
 
     def batch_call(self, chats: Sequence[Chat]) -> Callable[[], object]:
         """Return a step of a batch as a call of the engine."""
-        engine: Any = self.engine
+        engine = cast("BatchEngine", self.engine)
         return lambda: engine.decode_batch([chat.session for chat in chats])
 
     def perform(self, call: Callable[[], T]) -> T:
