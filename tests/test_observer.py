@@ -28,11 +28,14 @@ class Counting:
 
         return self.other, counting
 
-    def committing(self, session: Session) -> None: ...
+    def committing(self, session: Session) -> None:
+        """Do nothing."""
 
-    def rolled_back(self, session: Session, failure: BaseException | None) -> None: ...
+    def rolled_back(self, session: Session, failure: BaseException | None) -> None:
+        """Do nothing."""
 
-    def settled(self, session: Session) -> None: ...
+    def settled(self, session: Session) -> None:
+        """Do nothing."""
 
     def close(self, session: Session) -> None:
         """Close it."""

@@ -113,7 +113,7 @@ def replace_cache(session: Session, writer: Lease, cache: object) -> None:
 
 
 def _other_holder(session: Session, key: int) -> Session | None:
-    """Return the other session that has the KV cache of this `id()`, and would release it, too; None if there is none."""
+    """Return the other session that has the KV cache of this `id()`, and would release it, too; or None."""
     if session._slots is None or session._slots.release is None:
         return None
     holder = HOLDERS.get(key)
