@@ -2,6 +2,7 @@
 
 # ruff: noqa: PT012 what's tested is how a block fails
 
+import pickle
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
@@ -28,6 +29,20 @@ def test_busy(session: Session, slots: StateSlots[Cache], memory: Memory) -> Non
             slots.evict(session)
         memory.step(state, 2)
     assert look(slots, session) == ([1, 2], 2)
+
+
+def test_session_twice_in_a_batch_is_told(session: Session, slots: StateSlots[Cache]) -> None:
+    """A session that is in a batch twice is not somebody else's, and no reason to try again."""
+    with pytest.raises(SessionBusyError) as caught, slots.borrow_all([session, session]):
+        pytest.fail("borrowed twice")
+    for error in caught.value, pickle.loads(pickle.dumps(caught.value)):
+        assert error.twice
+        assert str(error) == f"session {session.id} is in the batch twice; name it once"
+    with slots.borrow(session):
+        for borrow in (slots.borrow(session), slots.borrow_all([session])):
+            with pytest.raises(SessionBusyError, match="try again") as caught, borrow:
+                pytest.fail("borrowed twice")
+            assert not caught.value.twice
 
 
 def test_busy_ends_with_the_block(session: Session, slots: StateSlots[Cache]) -> None:

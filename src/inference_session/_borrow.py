@@ -395,7 +395,7 @@ class BorrowedState(LeasedBlock, NeverCopied, Generic[KV]):
             self._check_free()
         last = session._lease
         if (last is not nobody and last() is not None) or not replace(session, last, lease):
-            raise SessionBusyError(session._id)
+            raise SessionBusyError(session._id, last is lease)
         if last is not nobody:
             self._recover_session()
         # Only now does nobody else change it: since the check, it may have been closed, or begun by another engine.

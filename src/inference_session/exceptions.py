@@ -45,6 +45,7 @@ class _OneSessionError(SessionError):
     """The session's id."""
 
 
+@define(eq=False, slots=False)
 class SessionBusyError(_OneSessionError):
     """The session is borrowed already: another step of it is under way.
 
@@ -52,7 +53,16 @@ class SessionBusyError(_OneSessionError):
     A borrow never waits; if you want to, wait before you borrow.
     """
 
-    _message = "session {0.session_id} is borrowed already; try again when that step has ended"
+    twice: bool = False
+    """Whether it is this very batch that has the session already."""
+
+    def __str__(self) -> str:
+        if self.twice:
+            return f"session {self.session_id} is in the batch twice; name it once"
+        return (
+            f"session {self.session_id} is borrowed already; try again when that step has ended, "
+            "or use its state if it is your own"
+        )
 
 
 class SessionClosedError(_OneSessionError):

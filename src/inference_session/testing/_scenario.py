@@ -494,6 +494,8 @@ class Scenario:
         if caches.mistakes or caches.suspicions:
             found = (caches.mistakes or caches.suspicions)[0]
             return self.broken(CACHES_USED_RIGHT, f"{found}; then {told(error)}")
+        if isinstance(error, SessionBusyError):
+            return self.broken(expected, f"{told(error)} (it is: nobody else has borrowed it)")
         return self.broken(expected, told(error))
 
     def take(self, chat: Chat, step: Step, result: object) -> None:
