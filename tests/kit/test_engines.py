@@ -20,7 +20,10 @@ CAUGHT = [(engine, check) for engine, checks in BROKEN.items() for check in chec
 @pytest.mark.parametrize("engine", RIGHT, ids=lambda engine: engine.__name__)
 def test_no_false_alarm(engine: type[TinyEngine], seed: int) -> None:
     """A right engine passes, whatever sequences of calls are tried."""
-    check_engine(engine, vocab_size=VOCAB_SIZE, max_examples=4, seed=seed, **engine.options)
+    same = {"closed_sessions_leave_nothing": "the same for every seed"} if seed else {}
+    check_engine(
+        engine, vocab_size=VOCAB_SIZE, max_examples=3, seed=seed, skip=same, **engine.options
+    )
 
 
 @pytest.mark.parametrize(

@@ -686,9 +686,11 @@ def two_threads_on_one_session(run: Scenario) -> None:
     """Of two threads that step one session at once, one wins and the other gets SessionBusyError at once."""
     chat = run.open()
     run.prefill(chat, run.choose.tokens(1, 6))
+    run.decode(chat)
+    events = run.events
     if run.choose.flag():
         run.evict(chat)
-    for at, places in ((anywhere, 24), (between_borrows, 2)):
+    for at, places in ((anywhere, events), (between_borrows, 2)):
         if run.choose.number(0, 7):
             pause = Pause(at, run.choose.number(0, places - 1), chat)
             race(run, chat, a_step(run, chat), a_step(run, chat), pause)
@@ -749,9 +751,12 @@ def close_in_mid_step(run: Scenario) -> None:
     """Closing a session in the middle of a step frees its KV cache, once, when that step has ended."""
     chat, other = run.open(), run.open()
     run.prefill(other, run.choose.tokens(1, 6))
+    run.decode(other)
+    places = run.events
     if run.choose.flag():
         run.prefill(chat, run.choose.tokens(1, 6))
-    close_within(run, chat, a_step(run, chat), Close(anywhere, run.choose.number(0, 23), chat))
+    close = Close(anywhere, run.choose.number(0, places - 1), chat)
+    close_within(run, chat, a_step(run, chat), close)
     run.refuse(chat, DECODE, SessionClosedError)
     run.decode(other)
 
