@@ -191,15 +191,16 @@ def shared_beginnings(run: Scenario) -> None:
     )
     first = run.choose.number(0, 23)
     other = first + 3 if first // 3 % 2 == 0 else first - 3  # only the first block differs
-    for turn in [(0, 0, first, 1), *run.choose.sequence(len(PARTINGS), 4, 24, 4)]:
-        kind, place, number, tail = turn
-        chats = run.open_chats
-        kind = kind if chats else 0
-        tokens = blocks(run, size, {0: first, 1: other}.get(kind, number))
+    turns = run.choose.sequence(len(PARTINGS), 4, 24, 4)
+    for kind, place, number, tail in [(0, 0, first, 1), *turns]:
+        chats = run.open_chats or [run.open()]
+        chat = chats[place % len(chats)]
+        # Most of the sessions that begin have the same blocks, or almost the same.
+        tokens = blocks(run, size, (first, other, number)[min(kind, 2)])
         tokens += text(number, tail, run.choose.vocab_size)
-        PARTINGS[kind](run, chats[place % len(chats)] if chats else run.open(), tokens, size)
+        (PARTINGS[kind] if chat.history else begin_another)(run, chat, tokens, size)
     for chat in run.open_chats:
-        if chat.history and run.room(chat):
+        if run.room(chat):
             run.decode(chat)
 
 
@@ -215,7 +216,7 @@ def blocks(run: Scenario, size: int, number: int) -> list[int]:
 
 def begin_another(run: Scenario, chat: Chat, tokens: list[int], size: int) -> None:
     """Begin another session with some tokens, and decode from it, if they are an odd number."""
-    if not chat.history:
+    if not chat.history:  # it was just opened, as there was none
         run.prefill(chat, tokens)
     elif len(run.open_chats) < MOST_SESSIONS - 2 and len(tokens) < run.choose.max_tokens:
         other = run.open()
