@@ -204,22 +204,21 @@ def test_weakness_has_two_meanings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("results", "got"),
+    ("results", "told"),
     [
-        (7, "Expected:  a sequence of DecodeResults"),
+        (7, "Expected:  a sequence of DecodeResults\nGot:       int"),
         ([], "Expected:  1 results\nGot:       0 results"),
-        ([7], "Expected:  a DecodeResult"),
+        ([7], "Expected:  a DecodeResult\nGot:       int"),
     ],
 )
-def test_odd_results_of_batches(results: object, got: str) -> None:
+def test_odd_results_of_batches(results: object, told: str) -> None:
     """What isn't a batch's result isn't taken for one."""
 
     class Odder(Batching):
         def decode_batch(self, sessions: Sequence[Session], /) -> Any:
-            super().decode_batch(sessions)
-            return results if len(sessions) == 1 else [DecodeResult(0)] * len(sessions)
+            return results
 
-    assert got.partition("\n")[0].rstrip("s") in message(Odder, "batches") or "token" in got
+    assert told in message(Odder, "batches")
 
 
 def test_error_of_the_engine_is_the_cause() -> None:
@@ -799,8 +798,7 @@ def test_longest_history_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_shortest_room_is_enough() -> None:
     """Every check gets by with the fewest tokens that may be asked for."""
-    for engine in (TinyEngine, Paged):
-        check_engine(engine, vocab_size=VOCAB_SIZE, max_tokens=32, **engine.options)
+    check_engine(Paged, vocab_size=VOCAB_SIZE, max_tokens=32, **Paged.options)
 
 
 # What it leaves behind
