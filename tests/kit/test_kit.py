@@ -33,6 +33,7 @@ from tests.kit.right_engines import (
     VOCAB_SIZE,
     Batching,
     Cache,
+    Filing,
     FunctionalWithoutTruncate,
     Minimal,
     TinyEngine,
@@ -219,6 +220,36 @@ def test_odd_results_of_batches(results: object, told: str) -> None:
             return results
 
     assert told in message(Odder, "batches")
+
+
+def test_interrupt_of_a_step_made_to_fail() -> None:
+    """A real Ctrl-C, before the kit's own error was raised, ends the check."""
+    with a_run(lambda: Odd(interrupt, 2)) as run:
+        chat = run.open()
+        run.prefill(chat, [1, 2, 3])
+        run.decode(chat)
+        fault = Fault(lambda event: False, 0, MemoryError())
+        with pytest.raises(KeyboardInterrupt):
+            fail_step(run, chat, DECODE, fault)
+
+
+def test_functions_not_reported_are_passed_on() -> None:
+    """A session that is watched has all functions of its engine."""
+
+    def weigh(cache: object) -> int:
+        return 7
+
+    functions = Filing().slots
+    slots = StateSlots(
+        create=functions.create,
+        length=functions.length,
+        dump=functions.dump,
+        load=functions.load,
+        nbytes=weigh,
+    )
+    watched = Watch().functions(slots)
+    assert (watched.dump, watched.load, watched.nbytes) == (slots.dump, slots.load, weigh)
+    assert (watched.truncate, watched.share, watched.release) == (None, None, None)
 
 
 def test_error_of_the_engine_is_the_cause() -> None:

@@ -261,7 +261,7 @@ class ReportingFunctions:
     def _create(self) -> Any:
         self._watch.happens("before", "create")
         cache = self.slots.create()
-        self._caches.made("create", cache, releases=self.slots.release is not None)
+        self._made("create", cache)
         return cache
 
     def _length(self, cache: Any) -> int:
@@ -275,8 +275,7 @@ class ReportingFunctions:
         self._watch.happens("before", "truncate")
         with self._caches.no_error("truncate"):
             cut = self.slots.truncate(cache, max(length - self._watch.short, 0))
-        if self.slots.release is not None:
-            self._caches.truncated(cache, cut)
+        self._made("truncate", cut)
         if cut is cache:
             # A failure here would lose the new cache of a functional `truncate`: no fault of the engine.
             self._watch.happens("after", "truncate")
@@ -286,7 +285,7 @@ class ReportingFunctions:
         assert self.slots.share is not None
         self._watch.happens("before", "share")
         shared = self.slots.share(cache, length)
-        self._caches.made("share", shared, releases=self.slots.release is not None)
+        self._made("share", shared)
         return shared
 
     def _release(self, cache: Any) -> None:
@@ -295,6 +294,9 @@ class ReportingFunctions:
         self._caches.released(cache)
         with self._caches.no_error("release"):
             self.slots.release(cache)
+
+    def _made(self, function: str, cache: Any) -> None:
+        self._caches.made(function, cache, releases=self.slots.release is not None)
 
     @property
     def _caches(self) -> "CacheBook":
@@ -343,39 +345,33 @@ def _reporting(original: Any, event: str, watch: Watch) -> Any:
 
 @define(eq=False)
 class CacheBook:
-    """The KV caches of an engine: each is made once, belongs to one session, and is released once."""
+    """The KV caches of an engine: each belongs to one session, and is released once."""
 
     mistakes: list[str] = field(init=False, factory=list[str])
     """Descriptions of misused KV caches."""
     suspicions: list[str] = field(init=False, factory=list[str])
     """The same where it may do no harm, as there is no `release`, and caches may be immutable."""
     sessions: WeakSet[Session] = field(init=False, factory=WeakSet[Session])
-    _live: dict[Hashable, object] = field(init=False, factory=dict[Hashable, object])
-    """Those to be released."""
     _gone: dict[Hashable, object] = field(init=False, factory=dict[Hashable, object])
     """Those released; kept, as another object could get the same id."""
 
-    def made(self, function: str, cache: object, *, releases: bool = True) -> None:
+    def made(self, function: str, cache: object, *, releases: bool) -> None:
         """Record a KV cache made by one of the engine's functions."""
         if any(key(cache) == key(other) for session in self.sessions for other in held(session)):
             found = f"`{function}` returned a KV cache that another session has"
             (self.mistakes if releases else self.suspicions).append(found)
-        elif key(cache) in self._live:
-            self.mistakes.append(f"`{function}` returned a KV cache that is in use already")
-        if releases:
-            self._begin(cache)
-
-    def truncated(self, cache: object, cut: object) -> None:
-        """Record a KV cache cut by the engine."""
-        gone = self._end(cache)
-        if gone and key(cut) == key(cache):
-            self.mistakes.append("`truncate` returned a KV cache that was released")
-        self.made("truncate", cut)
+        self._gone.pop(key(cache), None)
 
     def released(self, cache: object) -> None:
         """Record a KV cache about to be released."""
-        if self._end(cache):
+        if key(cache) in self._gone:
             self.mistakes.append("`release` was called for a KV cache that was released before")
+        self._gone[key(cache)] = cache
+
+    def committed(self, session: Session) -> None:
+        """Record the KV caches of a session: a step may have put its own there."""
+        for cache in held(session):
+            self._gone.pop(key(cache), None)
 
     @contextmanager
     def no_error(self, function: str) -> Generator[None]:
@@ -385,31 +381,6 @@ class CacheBook:
         except Exception as error:
             self.mistakes.append(f"`{function}` raised {type(error).__name__}: {error}")
             raise
-
-    def committed(self, session: Session) -> None:
-        """Record the KV caches of a session: a step may have put its own there."""
-        if session._slots is not None and session._slots.release is not None:
-            for cache in held(session):
-                if key(cache) in self._gone:
-                    self.mistakes.append("a step went on with a KV cache that was released")
-                self._begin(cache)
-
-    def left_over(self) -> bool:
-        """Whether there are KV caches without a session."""
-        return not self._live.keys() <= {
-            key(cache) for session in self.sessions for cache in held(session)
-        }
-
-    def _begin(self, cache: object) -> None:
-        self._gone.pop(key(cache), None)
-        self._live[key(cache)] = cache
-
-    def _end(self, cache: object) -> bool:
-        """Note that a KV cache has no owner any more, and return whether it had none before."""
-        gone = key(cache) in self._gone
-        self._live.pop(key(cache), None)
-        self._gone[key(cache)] = cache
-        return gone
 
 
 def key(cache: object) -> Hashable:

