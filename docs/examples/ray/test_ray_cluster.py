@@ -40,7 +40,9 @@ from ray_demo import start_ray
 
 
 DEMO = Path(__file__).with_name("ray_demo.py")
-SENTENCE = "send session.id, or make another session of it"
+SENTENCE = (
+    "send session.id, or make another session of it: state.branch() here, slots.save() elsewhere"
+)
 PROMPT = [random.Random(7).randrange(128) for _ in range(40)]
 OTHER = [random.Random(8).randrange(128) for _ in range(23)]
 
