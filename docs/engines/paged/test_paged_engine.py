@@ -115,7 +115,10 @@ class TestServing(Serving):
 
 
 @parametrize_with_checks(
-    lambda: PagedEngine(random_model(0), num_blocks=160, block_size=4, chunk=8), vocab_size=128
+    lambda: PagedEngine(random_model(0), num_blocks=160, block_size=4, chunk=8),
+    vocab_size=128,
+    held=lambda engine: engine.pool.held,
+    fail_in=[(Llama, "forward"), (BlockTable, "write"), (BlockPool, "reserve")],
 )
 def test_engine(check: Callable[[], None]) -> None:
     """The engine keeps a promise."""
