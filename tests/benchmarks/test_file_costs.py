@@ -78,7 +78,7 @@ def test_files(tmp_path: Path, record_property: Callable[[str, object], None]) -
             wall(save_and_restore),
             "dump and load",
             wall(dump_and_load),
-            1.75,
+            2,  # where the disk is memory; less where it is a disk
             rounds=10,
         ).check(record_property)
     finally:
