@@ -78,7 +78,8 @@ def test_an_interrupted_environment_is_made_anew(nox: list[str], tmp_path: Path)
         assert run.wait() == 130
     assert not list(environment.glob("bin/pip"))
 
-    with terminal([*nox, "install", "--", "-c", "input('installing')"]) as run:
+    # Nox shows the command, so that must not look like its prompt.
+    with terminal([*nox, "install", "--", "-c", "input('install' 'ing')"]) as run:
         run.wait_for("making the environment anew")
         run.wait_for("installing$")
         run.type(CTRL_C)
