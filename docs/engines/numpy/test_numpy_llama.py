@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.batching import Batching
 from tests.serving import OTHER, PROMPT, PROMPTS, VOCAB_SIZE, Serving, answer, decode, look
 
 from inference_session import Session
@@ -164,39 +165,8 @@ def test_prefill_of_nothing(engine: LlamaEngine) -> None:
         assert decode(engine, session, 5) == answer(engine, PROMPT, 5)
 
 
-def test_batch_decode_is_single_decode(engine: LlamaEngine) -> None:
-    """A batch computes what each of its sessions would alone, whatever each must catch up with."""
-    alone = [answer(engine, prompt, 20) for prompt in PROMPTS]
-    sessions = [Session() for _ in PROMPTS]
-    for session, prompt in zip(sessions, PROMPTS, strict=True):
-        engine.prefill(session, prompt)
-    steps: list[list[int]] = []
-    for step in range(20):
-        if step % 3 == 2:
-            engine.slots.evict(sessions[step % len(sessions)])
-        steps.append([result.token for result in engine.decode_batch(sessions)])
-    for session in sessions:
-        session.close()
-    assert [list(tokens) for tokens in zip(*steps, strict=True)] == alone
-
-
-def test_batch_decode_is_one_pass(engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights, which are what a step costs, are read once for a whole batch."""
-    sessions = [Session() for _ in PROMPTS]
-    for session, prompt in zip(sessions, PROMPTS, strict=True):
-        engine.prefill(session, prompt)
-    passes: list[int] = []
-    forward = Llama.forward
-
-    def counted(model: Llama, batch: Batch) -> Floats:
-        passes.append(len(batch))
-        return forward(model, batch)
-
-    monkeypatch.setattr(Llama, "forward", counted)
-    engine.decode_batch(sessions)
-    for session in sessions:
-        session.close()
-    assert passes == [len(PROMPTS)]
+class TestBatching(Batching):
+    """A batch changes nothing but the costs."""
 
 
 def test_empty_batch(engine: LlamaEngine) -> None:

@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.serving import OTHER, PROMPT, PROMPTS, VOCAB_SIZE, Serving, answer, decode, look
+from tests.batching import Batching, EngineWithBatches
+from tests.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, answer, decode, look
 
 import paged_engine
 from inference_session import Session
 from inference_session.exceptions import SessionBusyError, SessionClosedError
 from inference_session.testing import parametrize_with_checks
-from llama_model import Batch, Floats, Llama, random_model
+from llama_model import Floats, Llama, random_model
 from numpy_llama import LlamaEngine
 from paged_engine import BlockPool, BlockTable, PagedEngine
 
@@ -150,40 +151,13 @@ def test_sizes_are_checked(name: str) -> None:
 # Batches
 
 
-def test_batch_decode_is_single_decode(engine: PagedEngine) -> None:
-    """A batch computes what each of its sessions would alone, whatever each must catch up with."""
-    alone = [answer(engine, prompt, 12) for prompt in PROMPTS]
-    sessions = [Session() for _ in PROMPTS]
-    for session, prompt in zip(sessions, PROMPTS, strict=True):
-        engine.prefill(session, prompt)
-    steps: list[list[int]] = []
-    for step in range(12):
-        if step % 3 == 2:
-            engine.slots.evict(sessions[step % len(sessions)])
-        steps.append([result.token for result in engine.decode_batch(sessions)])
-    check_books(engine.pool, [table_of(engine, session) for session in sessions])
-    for session in sessions:
-        session.close()
-    assert [list(tokens) for tokens in zip(*steps, strict=True)] == alone
+class TestBatching(Batching):
+    """A batch changes nothing but the costs, and its blocks are counted right."""
 
-
-def test_batch_decode_is_one_pass(engine: PagedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights, which are most of what a step costs, are read once for a whole batch."""
-    sessions = [Session() for _ in PROMPTS]
-    for session, prompt in zip(sessions, PROMPTS, strict=True):
-        engine.prefill(session, prompt)
-    passes: list[int] = []
-    forward = Llama.forward
-
-    def counted(model: Llama, batch: Batch) -> Floats:
-        passes.append(len(batch))
-        return forward(model, batch)
-
-    monkeypatch.setattr(Llama, "forward", counted)
-    engine.decode_batch(sessions)
-    for session in sessions:
-        session.close()
-    assert passes == [len(PROMPTS)]
+    def check_memory(self, engine: EngineWithBatches, sessions: Sequence[Session]) -> None:
+        """Require that each block is counted for the sessions that have it."""
+        assert isinstance(engine, PagedEngine)
+        check_books(engine.pool, [table_of(engine, session) for session in sessions])
 
 
 def test_batch_is_all_or_none(engine: PagedEngine) -> None:
