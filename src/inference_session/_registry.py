@@ -227,8 +227,7 @@ class SessionRegistry(NeverCopied):
             raise SessionForkedError(session._id)
         if not session._maintain(lambda: self._take_in(session, self._measure(session))):
             raise SessionBusyError(session._id)
-        if self._kv_total > self._kv_limit:
-            self._evict_over_budget()
+        self._evict_over_budget()
 
     def __getitem__(self, id: UUID) -> Session:  # noqa: A002
         """Return the open session with this id.
