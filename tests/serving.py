@@ -154,3 +154,22 @@ class Serving:
             assert session.token_count == 0
             engine.prefill(session, PROMPT)
             assert decode(engine, session, 5) == answer(engine, PROMPT, 5)
+
+
+class RefusingTokens:
+    """Only ints of the vocabulary get as far as the history: a test, which is given an `engine`."""
+
+    @pytest.mark.parametrize("tokens", [[1.0, 2.0], ["1"], [None], [[1, 2]], 3, [1, 2**70]])
+    @pytest.mark.parametrize("call", ["prefill", "prompt"])
+    def test_what_is_no_token_changes_nothing(
+        self, engine: EngineWithSlots, call: str, tokens: object
+    ) -> None:
+        """What isn't an int of the vocabulary is refused, and changes nothing."""
+        with Session() as session:
+            engine.prefill(session, PROMPT)
+            before = look(engine, session)
+            with pytest.raises(
+                (TypeError, ValueError), match=r"integer|iterable|vocabulary of 128"
+            ):
+                getattr(engine, call)(session, tokens)
+            assert look(engine, session) == before

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tests.saving import Saving, check_computed_anew, go_on_elsewhere, saved
-from tests.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, decode, look
+from tests.serving import OTHER, PROMPT, VOCAB_SIZE, RefusingTokens, Serving, decode, look
 
 import jax_engine
 from inference_session import Session
@@ -461,17 +461,8 @@ def test_branch_has_the_same_arrays(engine: JaxEngine, session: Session) -> None
 # What is refused
 
 
-@pytest.mark.parametrize("tokens", [[1.0, 2.0], ["1"], [None], [[1, 2]], 3, [1, 2**70]])
-@pytest.mark.parametrize("call", ["prefill", "prompt"])
-def test_what_is_no_token_changes_nothing(
-    engine: JaxEngine, session: Session, call: str, tokens: object
-) -> None:
+class TestTokens(RefusingTokens):
     """Only ints of the vocabulary get as far as the history."""
-    engine.prefill(session, PROMPT)
-    before = look(engine, session)
-    with pytest.raises((TypeError, ValueError), match=r"integer|iterable|vocabulary of 128"):
-        getattr(engine, call)(session, tokens)
-    assert look(engine, session) == before
 
 
 def test_empty_session_is_refused(engine: JaxEngine, session: Session) -> None:

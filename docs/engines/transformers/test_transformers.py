@@ -22,7 +22,7 @@ import safetensors
 import torch
 import transformers
 from tests.saving import Saving, check_computed_anew, go_on_elsewhere, saved
-from tests.serving import OTHER, PROMPT, VOCAB_SIZE, Serving, answer, decode, look
+from tests.serving import OTHER, PROMPT, VOCAB_SIZE, RefusingTokens, Serving, answer, decode, look
 from transformers import (
     AutoModelForCausalLM,
     Cache,
@@ -592,17 +592,8 @@ def held(cache: transformers_engine.KV) -> Iterator[torch.Tensor]:
 # What is refused
 
 
-@pytest.mark.parametrize("tokens", [[1.0, 2.0], ["1"], [None], [[1, 2]], 3, [1, 2**70]])
-@pytest.mark.parametrize("call", ["prefill", "prompt"])
-def test_what_is_no_token_changes_nothing(
-    engine: TransformersEngine, session: Session, call: str, tokens: object
-) -> None:
+class TestTokens(RefusingTokens):
     """Only ints of the vocabulary get as far as the history."""
-    engine.prefill(session, PROMPT)
-    before = look(engine, session)
-    with pytest.raises((TypeError, ValueError), match=r"integer|iterable|vocabulary of 128"):
-        getattr(engine, call)(session, tokens)
-    assert look(engine, session) == before
 
 
 def test_tokens_may_come_as_a_tensor(engine: TransformersEngine, session: Session) -> None:
